@@ -1,0 +1,90 @@
+"""What every trainer's config shares: live fields, and the defaults that differ from `TrainingArguments`."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+class LiveMetadata(dict):
+    """Field metadata whose own keys stay out of sight of `HfArgumentParser`.
+
+    The parser copies a field's whole metadata into `argparse.add_argument`, which refuses keys it does not know. Only
+    `help` and `aliases` are listed when iterating; `metadata["live"]` and its like are found by name.
+    """
+
+    _LISTED = ("help", "aliases")
+
+    def keys(self):  # type: ignore[override]
+        return [key for key in self._LISTED if key in self]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+
+def live_field(default: Any, help: str, minimum: float | None = None, maximum: float | None = None, choices=None):
+    """A config field that may be changed while the run trains.
+
+    The trainer must read it from `self.args` wherever it is used. Bounds are inclusive; `None` means unbounded.
+    `choices` lists the values of a field that is not a number.
+    """
+    metadata = LiveMetadata(help=help, live=True, minimum=minimum, maximum=maximum, choices_live=choices)
+    return field(default=default, metadata=metadata)
+
+
+def live_fields(config: Any) -> dict[str, dict[str, Any]]:
+    """Name -> bounds of every live field of a config (class or instance): `{"minimum", "maximum", "choices"}`."""
+    return {
+        f.name: {
+            "minimum": f.metadata["minimum"],
+            "maximum": f.metadata["maximum"],
+            "choices": f.metadata["choices_live"],
+        }
+        for f in dataclasses.fields(config)
+        if "live" in f.metadata
+    }
+
+
+def bf16_supported() -> bool:
+    """Whether bf16 mixed precision is worth defaulting to on this machine's accelerator."""
+    return (torch.cuda.is_available() and is_torch_bf16_gpu_available()) or (
+        hasattr(torch, "xpu") and torch.xpu.is_available()
+    )
+
+
+@dataclass
+class OutspokenConfig(TrainingArguments):
+    """Base of all trainer configs: TRL's defaults, the live fields all trainers share, and the diagnostics switch."""
+
+    learning_rate: float = live_field(5e-5, "Peak learning rate.", minimum=0.0, maximum=1.0)
+    max_grad_norm: float = live_field(1.0, "Gradient norm above which gradients are scaled down.", minimum=0.0)
+    logging_steps: float = field(default=10, metadata={"help": "Log every this many update steps."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 mixed precision. Unset: on where the accelerator supports it and fp16 is off."},
+    )
+    diagnose: bool = field(
+        default=True, metadata={"help": "Watch the run with the heuristics engine and write the run directory."}
+    )
+    diagnostics_params: dict | str | None = field(
+        default=None,
+        metadata={"help": "Overrides of rule thresholds, e.g. {'RL016': {'limit': 0.3}}; see `outspoken rules`."},
+    )
+    diagnostics_ignore: list[str] | None = field(
+        default=None, metadata={"help": "Codes of rules to switch off, e.g. RL002."}
+    )
+
+    # TrainingArguments parses the fields named here from JSON when they come as strings (command line).
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "diagnostics_params"]
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and bf16_supported()
+        super().__post_init__()
