@@ -1,0 +1,223 @@
+"""The one table of signals: name, unit, range, meaning, who emits it, and when it cannot exist.
+
+Names are TRL's metric names where TRL has one. A signal's share is pooled over the trials that `weight` counts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+
+GRPO = ("grpo",)
+RL = ("grpo", "rloo", "ppo", "online_dpo")
+SUPERVISED = ("sft", "reward", "pretrain")
+PREFERENCE = ("dpo", "kto", "orpo", "cpo")
+ALL = (*RL, *SUPERVISED, *PREFERENCE, "distillation", "unknown")
+
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One row of the table. `low` and `high` bound the values that make sense, inclusive."""
+
+    name: str
+    unit: str
+    meaning: str
+    methods: tuple[str, ...] = ALL
+    low: float = -INF
+    high: float = INF
+    weight: str | None = None  # the signal that counts the trials behind a share
+    impossible: Callable[[Config], bool] | None = None  # config under which it cannot be emitted
+    impossible_when: str = ""  # the same in words
+
+
+def _no_reference(config: Config) -> bool:
+    return config.get("beta") == 0
+
+
+def _batch_scaled(config: Config) -> bool:
+    return config.get("scale_rewards") == "batch" or config.get("multi_objective_aggregation") == "normalize_then_sum"
+
+
+def _no_eval(config: Config) -> bool:
+    return str(config.get("eval_strategy", "")) in ("no", "IntervalStrategy.NO")
+
+
+def on_policy(config: Config) -> bool:
+    """Whether the ratio of new to old policy is exactly 1: one pass over each rollout before it is renewed."""
+    iterations = config.get("num_iterations")
+    per_generation, accumulation = config.get("steps_per_generation"), config.get("gradient_accumulation_steps")
+    if iterations is None or per_generation is None or accumulation is None:
+        return False
+    return bool(iterations == 1 and per_generation <= accumulation and not config.get("use_vllm"))
+
+
+_ROWS = [
+    # every trainer
+    Signal("loss", "nats or method's own", "training loss, before any filter; hovers at 0 in group-based RL"),
+    Signal("eval_loss", "nats or method's own", "held-out loss", impossible=_no_eval, impossible_when="eval_strategy=no"),
+    Signal("grad_norm", "1", "global gradient norm before clipping", low=0),
+    Signal("grad_norm_clipped", "1", "global gradient norm after clipping", low=0),
+    Signal("grad/zero_share", "share of tensors", "trainable tensors whose gradient is exactly zero", low=0, high=1),
+    Signal("grad/nonfinite", "elements", "gradient elements that are not finite", low=0),
+    Signal("parameters/nonfinite", "elements", "sampled parameter elements that are not finite", low=0),
+    Signal("learning_rate", "1", "learning rate of the step", low=0),
+    Signal("epoch", "epochs", "passes over the training data", low=0),
+    Signal("num_tokens", "tokens", "tokens seen since the start of the run", low=0),
+    Signal("entropy", "nats/token", "policy entropy at the sampling temperature, mean over trained tokens", low=0),
+    Signal("mean_token_accuracy", "share of tokens", "top-1 agreement with the labels", low=0, high=1),
+    # supervised
+    Signal("samples/no_supervised", "share of samples", "rows without one token that carries loss", SUPERVISED, 0, 1),
+    Signal("tokens/supervised_share", "share of tokens", "non-padding tokens that carry loss", SUPERVISED, 0, 1),
+    # online RL: rewards
+    Signal("reward", "reward", "mean weighted reward of the completions", RL),
+    Signal("reward_std", "reward", "standard deviation of rewards over the whole batch (not per group)", RL, 0),
+    Signal(
+        "frac_reward_zero_std",
+        "share of groups",
+        "groups whose rewards are all equal",
+        RL,
+        0,
+        1,
+        weight="groups/count",
+        impossible=_batch_scaled,
+        impossible_when="scale_rewards=batch or normalize_then_sum: it is then computed from the batch, not the groups",
+    ),
+    Signal("groups/count", "groups", "prompt groups in the step", RL, 0),
+    Signal("groups/zero_std", "share of groups", "groups with equal rewards, from the raw rewards", RL, 0, 1, "groups/count"),
+    Signal("groups/all_failed", "share of groups", "groups whose rewards are all at the minimum", RL, 0, 1, "groups/count"),
+    Signal("groups/all_passed", "share of groups", "groups whose rewards are all at the maximum", RL, 0, 1, "groups/count"),
+    Signal("groups/tiny_std", "share of groups", "groups with 0 < std < 2% of the reward range", RL, 0, 1, "groups/count"),
+    Signal("groups/std_mean", "reward", "mean within-group standard deviation", RL, 0),
+    Signal("groups/attenuation", "1", "mean of std/(std+1e-4): what normalisation leaves of the advantage", RL, 0, 1),
+    Signal("rewards/range", "reward", "largest minus smallest reward seen in the run so far", RL, 0),
+    Signal("rewards/max_seen", "reward", "largest reward seen in the run so far", RL),
+    Signal("rewards/min_seen", "reward", "smallest reward seen in the run so far", RL),
+    Signal("rewards/unscored", "share of completions", "completions that no function could score", RL, 0, 1, "num_completions"),
+    Signal("advantages/abs_mean", "1", "mean absolute advantage", RL, 0),
+    Signal("advantages/zero_share", "share of completions", "completions without advantage", RL, 0, 1, "num_completions"),
+    # online RL: completions
+    Signal("num_completions", "completions", "completions scored in the step", RL, 0),
+    Signal("completions/mean_length", "tokens", "mean completion length", RL, 0),
+    Signal("completions/min_length", "tokens", "shortest completion", RL, 0),
+    Signal("completions/max_length", "tokens", "longest completion; sits at the cap in healthy runs", RL, 0),
+    Signal(
+        "completions/clipped_ratio",
+        "share of completions",
+        "completions that did not end with an end token: cut by max_completion_length",
+        RL,
+        0,
+        1,
+        weight="num_completions",
+    ),
+    Signal("completions/at_cap", "share of completions", "completions as long as the cap", RL, 0, 1, "num_completions"),
+    Signal("completions/mean_terminated_length", "tokens", "mean length of those that ended; 0 when none did", RL, 0),
+    Signal("completions/min_terminated_length", "tokens", "shortest of those that ended", RL, 0),
+    Signal("completions/max_terminated_length", "tokens", "longest of those that ended", RL, 0),
+    Signal("completions/p50_terminated_length", "tokens", "median length of those that ended", RL, 0),
+    Signal("completions/p99_terminated_length", "tokens", "99th percentile length of those that ended", RL, 0),
+    Signal("completions/truncated_reward", "reward", "mean reward of cut completions", RL),
+    Signal("completions/terminated_reward", "reward", "mean reward of completions that ended", RL),
+    Signal("completions/duplicate_share", "share of completions", "completions equal to another of their group", RL, 0, 1, "num_completions"),
+    Signal("prompts/p95_length", "tokens", "95th percentile prompt length", RL, 0),
+    # online RL: the update
+    Signal("kl", "nats/token", "k3 estimate of the divergence from the reference", RL, impossible=_no_reference, impossible_when="beta=0: no reference model is loaded"),
+    Signal("policy/approx_kl", "nats/token", "k3 estimate of the divergence of the new from the sampling policy", RL),
+    Signal("clip_ratio/low_mean", "share of tokens", "tokens clipped at 1-epsilon with negative advantage", RL, 0, 1),
+    Signal("clip_ratio/high_mean", "share of tokens", "tokens clipped at 1+epsilon_high with positive advantage", RL, 0, 1),
+    Signal("clip_ratio/region_mean", "share of tokens", "tokens clipped at either side; 0 when on-policy", RL, 0, 1),
+    Signal("clip_ratio/low_min", "share of tokens", "least clipped sequence, low side", RL, 0, 1),
+    Signal("clip_ratio/high_max", "share of tokens", "most clipped sequence, high side", RL, 0, 1),
+    Signal("log_ratio/p01", "nats", "1st percentile of the token log-ratio new/old", RL),
+    Signal("log_ratio/p99", "nats", "99th percentile of the token log-ratio new/old", RL),
+    Signal("log_ratio/abs_mean", "nats", "mean absolute token log-ratio new/old", RL, 0),
+    Signal("ratio/ess", "1", "effective sample size of the token ratios, as a share", RL, 0, 1),
+    # preference
+    Signal("rewards/chosen", "nats", "beta times the log-ratio of the chosen answer", PREFERENCE),
+    Signal("rewards/rejected", "nats", "beta times the log-ratio of the rejected answer", PREFERENCE),
+    Signal("rewards/margins", "nats", "chosen minus rejected", PREFERENCE),
+    Signal("rewards/accuracies", "share of pairs", "pairs with a positive margin; ties count as wrong", PREFERENCE, 0, 1),
+    Signal("logps/chosen", "nats/sequence", "log-probability of the chosen answer", PREFERENCE),
+    Signal("logps/rejected", "nats/sequence", "log-probability of the rejected answer", PREFERENCE),
+    Signal("logits/chosen", "1", "mean logit over the chosen answer", PREFERENCE),
+    Signal("logits/rejected", "1", "mean logit over the rejected answer", PREFERENCE),
+    # memory, in GiB
+    Signal("memory/device_used", "GiB", "device memory in use by all processes (NVML)", low=0),
+    Signal("memory/device_total", "GiB", "device memory in all (NVML)", low=0),
+    Signal("memory/utilization", "share", "peak reserved by this process, or NVML's used, of the device's total", low=0, high=1),
+    Signal("memory/peak_allocated", "GiB", "peak of tensors alive since the last step", low=0),
+    Signal("memory/peak_reserved", "GiB", "peak held by torch's caching allocator", low=0),
+    Signal("memory/static", "GiB", "allocated after the optimizer step: weights, gradients, optimizer state", low=0),
+    Signal("memory/alloc_retries", "count", "allocations that succeeded only after the cache was flushed, so far", low=0),
+    Signal("memory/host_rss", "GiB", "resident memory of this process and its children", low=0),
+    Signal("memory/host_available", "GiB", "memory the host can still give", low=0),
+    Signal("memory/cgroup_used", "GiB", "memory charged to the container", low=0),
+    Signal("memory/cgroup_limit", "GiB", "memory limit of the container", low=0),
+    # time, in seconds of the step
+    Signal("step_time", "s", "forward and backward time of the step as TRL measures it", low=0),
+    Signal("time/step", "s", "wall-clock of the whole step", low=0),
+    Signal("time/data", "s", "waiting for the data loader", low=0),
+    Signal("time/generate", "s", "sampling completions", RL, 0),
+    Signal("time/score", "s", "reward functions and reward models", RL, 0),
+    Signal("time/forward_backward", "s", "forward and backward passes", low=0),
+    Signal("time/optimizer", "s", "clipping and optimizer step", low=0),
+    Signal("time/save", "s", "writing checkpoints", low=0),
+    Signal("time/eval", "s", "evaluation", low=0),
+    Signal("time/diagnostics", "s", "this library's own work", low=0),
+]  # fmt: skip
+
+SIGNALS: dict[str, Signal] = {row.name: row for row in _ROWS}
+
+# Names with a variable part: prefix, suffix, the row that stands for all of them.
+PATTERNS: list[tuple[str, str, Signal]] = [
+    ("rewards/", "/mean", Signal("rewards/<function>/mean", "reward", "mean of one reward function", RL)),
+    ("rewards/", "/std", Signal("rewards/<function>/std", "reward", "its standard deviation over the batch", RL, 0)),
+    ("rewards/", "/none_share", Signal("rewards/<function>/none_share", "share of completions", "not scorable by it", RL, 0, 1, "num_completions")),
+]  # fmt: skip
+
+
+def lookup(name: str) -> Signal | None:
+    """The table's row for a signal; `eval_` names are found under their training name. None if it is not ours."""
+    row = SIGNALS.get(name)
+    if row is None:
+        for prefix, suffix, pattern in PATTERNS:
+            if name.startswith(prefix) and name.endswith(suffix) and len(name) > len(prefix) + len(suffix):
+                return pattern
+        if name.startswith("eval_"):
+            return lookup(name.removeprefix("eval_"))
+    return row
+
+
+def impossible(name: str, method: str, config: Config) -> bool:
+    """Whether a signal cannot be emitted by this method under this configuration."""
+    row = lookup(name)
+    if row is None:
+        return False
+    if method != "unknown" and method not in row.methods and "unknown" not in row.methods:
+        return True
+    return row.impossible is not None and row.impossible(config)
+
+
+def weight_of(name: str) -> str | None:
+    row = lookup(name)
+    return row.weight if row is not None else None
+
+
+def implied_trials(name: str, config: Config) -> float | None:
+    """Trials behind one logged point of a share, as the config implies them; None if it does not."""
+    weight = weight_of(name)
+    batch, group = config.get("generation_batch_size"), config.get("num_generations")
+    if batch is None and weight in ("num_completions", "groups/count"):
+        size, accumulation = config.get("per_device_train_batch_size"), config.get("gradient_accumulation_steps")
+        if isinstance(size, int) and isinstance(accumulation, int):
+            batch = size * accumulation * int(config.get("world_size") or 1)
+    if not isinstance(batch, int) or batch <= 0:
+        return None
+    per_log = int(config.get("points_per_log") or 1)  # generation batches averaged in one logged point
+    if weight == "num_completions":
+        return float(batch * per_log)
+    if weight == "groups/count" and isinstance(group, int) and group > 0:
+        return batch * per_log / group
+    return None
