@@ -1,9 +1,9 @@
 """The statistics the rules stand on: small pure functions, each with its formula.
 
 They share four habits. Too few values to say anything gives `None`, which a rule reads as *unknown*. A NaN or an
-infinity among the values is a bug of the caller, who keeps non-finite values apart, and raises `ValueError`. A statistic
-that would be infinite, because the spread is exactly zero, is cut at +-`CAP` so that every record stays strict JSON.
-And serial correlation is always paid for: an alarm that ignores it fires on most healthy runs.
+infinity among the values is a bug of the caller, who keeps non-finite values apart, and raises `ValueError`. A
+statistic that would be infinite, because the spread is exactly zero, is cut at +-`CAP` so that every record stays
+strict JSON. And serial correlation is always paid for: an alarm that ignores it fires on most healthy runs.
 
 The rates of false alarm claimed in the docstrings are reproduced by simulation in `tests/test_stats_rates.py`.
 """
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -115,7 +116,7 @@ def lag1(values: Values) -> float | None:
     total = sum(x * x for x in d)
     if total == 0:  # the spread underflows
         return None
-    return sum(a * b for a, b in zip(d, d[1:])) / total
+    return sum(a * b for a, b in pairwise(d)) / total
 
 
 def effective_phi(r1: float | None, n: int) -> float:
@@ -145,8 +146,8 @@ class Cusum:
 
     z is the distance from the baseline's median in robust standard deviations, cut at +-3;
     S_t = max(0, S_(t-1) + z_t - k), alarm while S > h (for "down" with -z; for "both" two sums).
-    The standard deviation is max(1.4826 MAD * n/(n - 0.8), raw sd / 2, sd_floor) * sqrt((1 + phi)/(1 - phi)), phi being
-    the lag-1 correlation of the baseline; n/(n - 0.8) is Croux and Rousseeuw's small-sample factor (1992).
+    The standard deviation is max(1.4826 MAD * n/(n - 0.8), raw sd / 2, sd_floor) * sqrt((1 + phi)/(1 - phi)), phi
+    being the lag-1 correlation of the baseline; n/(n - 0.8) is Croux and Rousseeuw's small-sample factor (1992).
 
     Per 1000 healthy steps and one direction (k=1, h=8): 0.6 % false alarms with a baseline of 50 and independent
     steps, 4 % at phi = 0.6; a baseline of 20 gives 4 % and 17 %. On a healthy *trend* it always alarms: never use it
@@ -242,7 +243,7 @@ class Cusum:
 
     @property
     def onset(self) -> int:
-        """Index (0-based, among the values seen) of the first one of the present excursion: just after S was last 0."""
+        """Index (from 0, among the values seen) of the first value of the present excursion: S was 0 before it."""
         return self._up_zero if self.up >= self.down and self.direction != "down" else self._down_zero
 
 
@@ -277,7 +278,8 @@ def _pairs(n: int) -> tuple[NDArray[np.intp], FloatArray]:
 
 def _average_ranks(x: FloatArray) -> FloatArray:
     """Ranks from 1, ties averaged: (n + 1)/2 + sum_j sign(x_i - x_j)/2."""
-    return (x.size + 1) / 2 + 0.5 * np.sign(x[:, None] - x[None, :]).sum(axis=1)
+    ranks: FloatArray = (x.size + 1) / 2 + 0.5 * np.sign(x[:, None] - x[None, :]).sum(axis=1)
+    return ranks
 
 
 def theil_sen(values: Values) -> float | None:
@@ -539,9 +541,10 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
 
     The fraction converges in O(sqrt(max(a, b))) terms for x below the mean; above it I_x(a, b) = 1 - I_(1-x)(b, a).
     """
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - _incomplete_beta(b, a, 1 - x)
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    upper = x > (a + 1) / (a + b + 2)
+    if upper:
+        a, b, x = b, a, 1 - x
     # Lentz's method: the value is the running product of c_m * d_m.
     tiny = 1e-300
     c, d = 1.0, 1 - (a + b) * x / (a + 1)
@@ -558,4 +561,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
             fraction *= c * d
         if abs(c * d - 1) < 1e-15:
             break
-    return min(1.0, math.exp(log_front + math.log(fraction)) / a)
+    else:
+        raise ArithmeticError(f"the incomplete beta did not converge at a={a}, b={b}, x={x}")
+    value = min(1.0, math.exp(log_front + math.log(fraction)) / a)
+    return 1 - value if upper else value
