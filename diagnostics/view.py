@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 
 CAPACITY = 512  # newest points kept of each signal
 BASE_SKIP, BASE_POINTS = 2, 20  # the baseline is points 3..22 of a segment
+FIRST_POINTS = 50  # points kept of the run's beginning
 MAX_BLOCKS = 256  # block means kept of the whole run; their length doubles when they are full
 
 
@@ -90,7 +91,18 @@ class Ring:
     Memory is bounded; `append` is O(1). Points lie contiguous, so a window is a view.
     """
 
-    __slots__ = ("_end", "_steps", "_values", "base", "block_length", "blocks", "last_step", "pending_block", "size")
+    __slots__ = (
+        "_end",
+        "_steps",
+        "_values",
+        "base",
+        "block_length",
+        "blocks",
+        "first",
+        "last_step",
+        "pending_block",
+        "size",
+    )
 
     def __init__(self) -> None:
         self._steps = np.empty(2 * CAPACITY)
@@ -102,6 +114,7 @@ class Ring:
         self.blocks: list[tuple[float, float, float]] = []  # (last step, mean, n) over the run, all segments
         self.block_length = 10
         self.pending_block = [0.0, 0.0]  # sum, n
+        self.first: list[float] = []  # the run's first values, whatever the segment
 
     def append(self, step: float, value: float) -> None:
         if self._end == len(self._values):
@@ -113,6 +126,8 @@ class Ring:
         self._end += 1
         self.size = min(self.size + 1, CAPACITY)
         self.last_step = int(step)
+        if len(self.first) < FIRST_POINTS:
+            self.first.append(value)
         if self.base is None and self.size == BASE_SKIP + BASE_POINTS:
             self._freeze_base()
         block = self.pending_block
@@ -302,6 +317,11 @@ class RunView:
         """(last step, mean, points) of consecutive blocks over the whole run, all segments, oldest first."""
         ring = self.rings.get(name)
         return [] if ring is None else ring.blocks
+
+    def first(self, name: str, n: int) -> Array:
+        """The run's first points of a signal, at most n, whatever the segment."""
+        ring = self.rings.get(name)
+        return np.array(ring.first[:n] if ring is not None else [], dtype=np.float64)
 
     def share_nonfinite(self, name: str, n: int) -> tuple[int, int]:
         """(non-finite, all) among the newest n points at which the signal was emitted."""
