@@ -1,0 +1,79 @@
+"""The record that passes from sampling to the loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RolloutBatch:
+    """`N` sampled completions with what the loss needs of them. `P` prompt tokens (left-padded), `T` completion tokens
+    (right-padded).
+
+    Attributes:
+        prompt_ids, prompt_mask: (N, P).
+        completion_ids, completion_mask: (N, T); the mask is 0 on padding and on completions excluded from the loss.
+        advantages: (N,).
+        active_tokens: masked-in completion tokens of the whole generation batch, over all processes; scalar.
+        temperature: what the completions were sampled at, and therefore are scored at.
+        max_completion_length: the cap they were sampled under.
+        old_logps: log-probabilities under the policy that sampled them, (N, T); None where the ratio is 1 by
+            construction, because the batch is used up before the policy changes.
+        ref_logps: log-probabilities under the reference model, (N, T); None without a KL term.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    advantages: Tensor
+    active_tokens: Tensor
+    temperature: float
+    max_completion_length: int
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.completion_ids.size(0)
+
+    def select(self, index: Tensor | slice) -> "RolloutBatch":
+        """The rows at `index`; what belongs to the whole generation batch stays as it is."""
+        rows = {
+            f.name: value[index]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and value.ndim > 0
+        }
+        return replace(self, **rows)
+
+    def shuffled(self) -> "RolloutBatch":
+        """The rows in a random order, drawn from torch's global generator."""
+        return self.select(torch.randperm(len(self)))
+
+    def split(self, parts: int) -> "list[RolloutBatch]":
+        """`parts` batches of equal size, in order."""
+        size = len(self) // parts
+        return [self.select(slice(i * size, (i + 1) * size)) for i in range(parts)]
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], value: int, side: str, multiple_of: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids of unequal length as one tensor, and its mask (1 on tokens, 0 on padding): both (N, longest), int64.
+
+    Args:
+        value: what to pad with.
+        side: "left" or "right".
+        multiple_of: round the length up to a multiple of this.
+    """
+    length = max(map(len, sequences), default=0)
+    if multiple_of:
+        length = -(-length // multiple_of) * multiple_of
+    ids = torch.full((len(sequences), length), value, dtype=torch.long)
+    mask = torch.zeros((len(sequences), length), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
+        ids[row, place] = torch.as_tensor(sequence, dtype=torch.long)
+        mask[row, place] = 1
+    return ids, mask
