@@ -4,7 +4,7 @@ The states are decided in order, first match wins; a table that can be read beat
 the reward (online RL), minus the loss (supervised) or the margin (preference), compared by the two-window test.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,7 +252,7 @@ def _at_least(severity: Severity, least: str) -> bool:
     return order.index(severity) >= order.index(least)
 
 
-def _names(codes: list[str]) -> str:
+def _names(codes: Sequence[str]) -> str:
     return ", ".join(codes)
 
 
