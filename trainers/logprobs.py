@@ -128,7 +128,7 @@ def label_scores(
             output = model(**inputs)
         if withheld.hidden is not None and withheld.explains(output.logits, inner.config):
             hidden = withheld.hidden[:, :-1]
-            labels = _shifted(labels, withheld.hidden.size(1)).to(hidden.device)
+            labels = shift_labels(labels, withheld.hidden.size(1)).to(hidden.device)
             mask = labels != IGNORE_INDEX
             project = partial(_project, head=head, finish=partial(finish_logits, config=inner.config))
             context = withheld.autocast()
@@ -144,7 +144,7 @@ def label_scores(
         _HEAD_IS_NOT_ALL.add(inner)
 
     output = model(**inputs)
-    labels = _shifted(labels, output.logits.size(1)).to(output.logits.device)
+    labels = shift_labels(labels, output.logits.size(1)).to(output.logits.device)
     scores = scores_from_logits(
         output.logits[:, :-1],
         labels,
@@ -231,7 +231,7 @@ def _project(rows: Tensor, head: nn.Module, finish: Callable[[Tensor], Tensor]) 
     return finish(head(rows))
 
 
-def _shifted(labels: Tensor, length: int) -> Tensor:
+def shift_labels(labels: Tensor, length: int) -> Tensor:
     """Labels of the next token, (B, length - 1); virtual tokens of prompt learning stand in front, unlabelled."""
     virtual = length - labels.size(1)
     if virtual > 0:

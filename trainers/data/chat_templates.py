@@ -1,0 +1,178 @@
+"""Chat templates: rendering and tokenizing conversations, and finding the tokens the assistant wrote."""
+
+import logging
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's (default) chat template marks the assistant's words with `{% generation %}`."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template is not None and re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+
+
+def tokenize_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **template_kwargs: Any
+) -> list[int]:
+    """Token ids of a conversation rendered with the tokenizer's chat template.
+
+    Args:
+        template_kwargs: `tools`, `add_generation_prompt`, and whatever else the template understands.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The dataset is conversational, but the tokenizer has no chat template; set `chat_template_path`, or use a "
+            "model that was trained for chat."
+        )
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template_kwargs)["input_ids"]
+
+
+def tokenize_chat_with_assistant_mask(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **template_kwargs: Any
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and 1 for each token that the assistant wrote, its end-of-turn token included.
+
+    The chat template's `{% generation %}` markers decide where it has them. Without them, an assistant's turn is what
+    rendering the conversation up to it adds to the generation prompt before it. That needs a template under which a
+    longer conversation only appends to a shorter one.
+
+    Raises:
+        ValueError: the template has no markers and rewrites earlier turns (e.g. removes their reasoning), or the
+            tokenizer cannot tell which characters a token stands for.
+    """
+    if has_generation_markers(tokenizer):
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **template_kwargs
+        )
+        return encoded["input_ids"], encoded["assistant_masks"]
+
+    ids = tokenize_chat(tokenizer, messages, **template_kwargs)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"`assistant_only_loss=True` needs a fast tokenizer or a chat template with {{% generation %}} markers, "
+            f"and the {type(tokenizer).__name__} is slow; pass a template with markers as `chat_template_path`."
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if encoded["input_ids"] != ids:
+        raise ValueError(
+            "The rendered conversation tokenizes differently than through the chat template, so the assistant's tokens "
+            "cannot be located; pass a template with {% generation %} markers as `chat_template_path`."
+        )
+    mask = [0] * len(ids)
+    for start, end in assistant_spans(tokenizer, messages, text, **template_kwargs):
+        for position, (token_start, token_end) in enumerate(encoded["offset_mapping"]):
+            if token_start < end and token_end > start:
+                mask[position] = 1
+    return ids, mask
+
+
+def assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], text: str, **template_kwargs: Any
+) -> list[tuple[int, int]]:
+    """The character spans of `text`, the rendered conversation, that the assistant wrote, by comparing renderings.
+
+    Whitespace after the end-of-turn token belongs to the template, not to the assistant: generation stops before it.
+    """
+
+    def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, **{**template_kwargs, "add_generation_prompt": add_generation_prompt}
+        )
+
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            before, after = render(messages[:turn], True), render(messages[: turn + 1], False)
+        except (TemplateError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The chat template cannot render the conversation up to message {turn}, so the assistant's tokens "
+                "cannot be located; pass a template with {% generation %} markers as `chat_template_path`."
+            ) from error
+        if not (after.startswith(before) and text.startswith(after)):
+            raise ValueError(
+                f"The chat template renders message {turn} differently when the conversation goes on, so the "
+                "assistant's tokens cannot be located; pass a template with {% generation %} markers as "
+                "`chat_template_path`."
+            )
+        spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
+    return spans
+
+
+def trains_to_stop(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an assistant's turn, as masked for the loss, ends in an end-of-turn token (one of the added tokens).
+
+    Some templates count that token to the next message; a model trained with them never learns to stop.
+    """
+    probe = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    try:
+        ids, mask = tokenize_chat_with_assistant_mask(tokenizer, probe)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    added = set(tokenizer.get_added_vocab().values())
+    written = [token for token, by_assistant in zip(ids, mask) if by_assistant and tokenizer.decode([token]).strip()]
+    return bool(written) and written[-1] in added
+
+
+def clone_chat_template(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, multiple_of: int = 64
+) -> list[int]:
+    """Give a model and its tokenizer the chat template, special tokens and EOS token of another tokenizer, in place.
+
+    The embeddings grow to the new vocabulary, rounded up to `multiple_of`; the tokenizer gets placeholder tokens for
+    the rounding, so that both have the same size.
+
+    Args:
+        source: path or hub name of the tokenizer to take them from.
+
+    Returns:
+        The ids of the tokens that are new.
+    """
+    other = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = other.get_chat_template()
+    vocabulary = tokenizer.get_vocab()
+    added = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
+    tokenizer.add_tokens(added)
+    tokenizer.eos_token = other.eos_token
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=multiple_of)
+    names = [token.content for token in added]
+    size = model.get_input_embeddings().weight.shape[0]
+    number = 0
+    while len(tokenizer.get_vocab()) < size:
+        name = f"<extra_id_{number}>"
+        if tokenizer.add_tokens(AddedToken(name)):
+            names.append(name)
+        number += 1
+    return tokenizer.convert_tokens_to_ids(names)
+
+
+def apply_chat_template_path(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
+    """Set the chat template from a Jinja file (`.jinja`, `.j2`), or clone it from another tokenizer, in place.
+
+    Returns:
+        The ids of tokens that cloning added.
+    """
+    if path.endswith((".jinja", ".j2")):
+        try:
+            with open(path, encoding="utf-8") as file:
+                tokenizer.chat_template = file.read()
+        except OSError as error:
+            raise ValueError(f"`chat_template_path` is {path!r}, which cannot be read ({error.strerror}).") from error
+        return []
+    return clone_chat_template(model, tokenizer, path)
