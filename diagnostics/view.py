@@ -268,7 +268,7 @@ class RunView:
         if ring is None or ring.size == 0:
             return None
         steps, values = ring.window(CAPACITY)
-        trials = self._trials(name, len(values))
+        trials = self.trials(name, len(values))
         if trials is None:
             return None
         total = np.cumsum(trials[::-1])
@@ -282,7 +282,8 @@ class RunView:
         n = round(float(total[take - 1]))
         return PooledWindow(name, min(round(hits), n), n, (int(steps[-take]), int(steps[-1])))
 
-    def _trials(self, name: str, points: int) -> Array | None:
+    def trials(self, name: str, points: int) -> Array | None:
+        """How many trials stand behind each of the newest points of a share; None if that cannot be known."""
         for weight in (f"{name}#n", signal_table.weight_of(name)):
             ring = self.rings.get(weight) if weight else None
             if ring is not None and ring.size:
