@@ -389,6 +389,7 @@ class GRPOTrainer(Trainer):
             if args.cast_lm_head_to_fp32:
                 _cast_head_to_fp32(prepared)
         self.aux_loss_coef = _router_aux_loss_coef(model, args.router_aux_loss_coef)
+        self._takes_position_ids = _takes_position_ids(model)
 
         self.recorder = Recorder()
         self._step: int | None = None  # micro-batches trained on in this run; None: to be found from the state
@@ -727,7 +728,7 @@ class GRPOTrainer(Trainer):
         labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
         labels[:, :-length] = IGNORE_INDEX
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if _takes_position_ids(inner):
+        if self._takes_position_ids:
             # Counted from the first real token, as `generate` does; learned positions would be off by the padding.
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
         if self.aux_loss_coef and want:
