@@ -9,6 +9,8 @@ import math
 import os
 import re
 import sys
+import threading
+import time
 import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
@@ -376,12 +378,14 @@ class OtelSink:
                     gauge.set(float(value))
 
     def close(self) -> None:
-        """Send what is left, for at most some seconds."""
-        if self._log_provider is not None:
-            self._log_provider.force_flush(CLOSE_SECONDS * 1000)
-            self._log_provider.shutdown()
-        if self._meter_provider is not None:
-            self._meter_provider.shutdown(timeout_millis=CLOSE_SECONDS * 1000)
+        """Send what is left; a collector that does not answer is given up after `CLOSE_SECONDS`."""
+        ends = [provider.shutdown for provider in (self._log_provider, self._meter_provider) if provider is not None]
+        threads = [threading.Thread(target=end, daemon=True) for end in ends]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _gauge(self, name: str) -> Any:
         if name not in self._gauges:
@@ -398,7 +402,7 @@ class OtelSink:
         values = {key: record.get(key) for key in keys} | more | {"run.id": record.get("run")}
         return {f"outspoken.{key}": _attribute(value) for key, value in values.items() if value is not None}
 
-    def _emit(self, event: str, severity: str, body: str, attributes: Mapping[str, Any], time: float | None) -> None:
+    def _emit(self, event: str, severity: str, body: str, attributes: Mapping[str, Any], at: float | None) -> None:
         if self._log_provider is None:
             return
         from opentelemetry._logs import LogRecord, SeverityNumber
@@ -406,7 +410,7 @@ class OtelSink:
         self._logger.emit(
             LogRecord(
                 event_name=event,
-                timestamp=int(time * 1e9) if time is not None else None,
+                timestamp=int(at * 1e9) if at is not None else None,
                 severity_number=SeverityNumber(_SEVERITY_NUMBER.get(severity, 9)),
                 severity_text=severity.upper(),
                 body=body,
