@@ -80,6 +80,7 @@ def assistant_spans(
     """The character spans of `text`, the rendered conversation, that the assistant wrote, by comparing renderings.
 
     Whitespace after the end-of-turn token belongs to the template, not to the assistant: generation stops before it.
+    A template may close the conversation with an end-of-sequence token (Phi-3); the last turn then ends in it.
     """
 
     def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -87,6 +88,7 @@ def assistant_spans(
             turns, tokenize=False, **{**template_kwargs, "add_generation_prompt": add_generation_prompt}
         )
 
+    eos = tokenizer.eos_token or ""
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -98,6 +100,8 @@ def assistant_spans(
                 f"The chat template cannot render the conversation up to message {turn}, so the assistant's tokens "
                 "cannot be located; pass a template with {% generation %} markers as `chat_template_path`."
             ) from error
+        if not text.startswith(after) and text.startswith(after.removesuffix(eos)):
+            after = after.removesuffix(eos)
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
                 f"The chat template renders message {turn} differently when the conversation goes on, so the "
