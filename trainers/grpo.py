@@ -9,6 +9,7 @@ tokens, `K` reward functions.
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import logging
 import math
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -33,17 +34,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from outspoken.diagnostics.recorder import Recorder
 from outspoken.trainers import advantages as group_advantages
 from outspoken.trainers import loading
 from outspoken.trainers.config import OutspokenConfig, live_field, live_fields
+from outspoken.trainers.data.formats import column_names, is_messages
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores
 from outspoken.trainers.losses import policy
-from outspoken.trainers.rewards import call_reward_functions, callable_name
-from outspoken.trainers.rollouts.batch import RolloutBatch, pad
-from outspoken.trainers.rollouts.sampler import RepeatSampler
+from outspoken.trainers.rewards import call_reward_functions, callable_name, checked_rewards
+from outspoken.trainers.rollouts.batch import RolloutBatch, pad_ids
+from outspoken.trainers.rollouts.sampler import RepeatSampler, repeat_stream
 from outspoken.trainers.rollouts.show import print_completions
 from outspoken.trainers.rollouts.transformers_backend import eos_token_ids, generate
 
@@ -298,6 +301,27 @@ class GRPOConfig(OutspokenConfig):
                 )
 
 
+def as_grpo_config(args: TrainingArguments | None, model: "str | PreTrainedModel | PeftModel") -> GRPOConfig:
+    """A `GRPOConfig` from what the user passed: itself, or one with the fields that a `TrainingArguments` shares."""
+    if args is None:
+        return GRPOConfig(f"{loading.model_id(model).split('/')[-1] or 'model'}-GRPO")
+    if isinstance(args, GRPOConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"`args` must be a GRPOConfig, got {type(args).__name__}.")
+    known = {f.name for f in dataclasses.fields(GRPOConfig) if f.init}
+    dropped = [
+        f.name
+        for f in dataclasses.fields(args)
+        if f.init and f.name not in known and getattr(args, f.name) != f.default and not f.name.startswith("_")
+    ]
+    if dropped:
+        logger.warning(f"GRPOTrainer does not know these settings of the {type(args).__name__}: {', '.join(dropped)}.")
+    values = {key: value for key, value in args.to_dict().items() if key in known}
+    values["hub_token"] = args.hub_token  # to_dict hides it
+    return GRPOConfig(**values)
+
+
 class GRPOTrainer(Trainer):
     """Trains a causal language model on rewards of its own completions, by GRPO (arXiv 2402.03300).
 
@@ -307,8 +331,9 @@ class GRPOTrainer(Trainer):
             sequence classifier with one label, or the path of one. A function is called with keywords `prompts`,
             `completions`, `completion_ids`, the dataset's other columns, `trainer_state`, `log_extra(column, values)`
             and `log_metric(name, value)`, and returns one number (or None: not scorable) per completion.
-        args: a `GRPOConfig`.
-        train_dataset: rows with a `prompt`: a string, or a list of messages.
+        args: a `GRPOConfig`; a `TrainingArguments`, or TRL's `GRPOConfig`, is converted.
+        train_dataset: rows with a `prompt`: a string, or a list of messages. A stream (`IterableDataset`) needs
+            `max_steps`.
         eval_dataset: like `train_dataset`, or several by name.
         processing_class: the tokenizer. Default: the one stored with the model.
         reward_processing_classes: tokenizers of the reward models, in the order of `reward_funcs`.
@@ -329,8 +354,8 @@ class GRPOTrainer(Trainer):
         model: "str | PreTrainedModel | PeftModel",
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: GRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -348,11 +373,20 @@ class GRPOTrainer(Trainer):
         ):
             if value:
                 raise ValueError(f"`{name}` is set, but GRPOTrainer does not support it yet; leave it out.")
-        if args is None:
-            args = GRPOConfig(f"{loading.model_id(model).split('/')[-1] or 'model'}-GRPO")
-        _check_dataset("train_dataset", train_dataset, required=True)
-        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            _check_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
+        args = as_grpo_config(args, model)
+        datasets = {"train_dataset": train_dataset}
+        if isinstance(eval_dataset, dict):
+            datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            datasets["eval_dataset"] = eval_dataset
+        for name, dataset in datasets.items():
+            _check_dataset(name, dataset)
+        if any(isinstance(dataset, IterableDataset) for dataset in datasets.values()):
+            # One process cannot hand a stream's rows to the others: they are no tensors.
+            args.accelerator_config.dispatch_batches = False
+        if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
+            logger.warning("dataloader_num_workers is set to 0: several workers would break up a stream's groups.")
+            args.dataloader_num_workers = 0
 
         # Adapters are initialised at random, hence the seed before they are made.
         set_seed(args.seed)
@@ -513,8 +547,13 @@ class GRPOTrainer(Trainer):
     # from the first of each `steps_per_generation * num_iterations`, and serves the others from what was sampled.
 
     def get_train_dataloader(self):
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            if self.args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=self.args.seed)
+            dataset = repeat_stream(dataset, **self._train_repeats())
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=dataset,
             description="Training",
             batch_size=self._train_batch_size * self.args.steps_per_generation,
             sampler_fn=self._get_train_sampler,
@@ -524,12 +563,26 @@ class GRPOTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return RepeatSampler(
             train_dataset if train_dataset is not None else self.train_dataset,
-            group_size=self.args.num_generations,
-            prompts_per_batch=self.args.generation_batch_size // self.args.num_generations,
-            repeats=self.args.num_iterations * self.args.steps_per_generation,
+            **self._train_repeats(),
             shuffle=self.args.shuffle_dataset,
             seed=self.args.seed,
         )
+
+    def _train_repeats(self) -> dict[str, int]:
+        return {
+            "group_size": self.args.num_generations,
+            "prompts_per_batch": self.args.generation_batch_size // self.args.num_generations,
+            "repeats": self.args.num_iterations * self.args.steps_per_generation,
+        }
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if not isinstance(dataset, IterableDataset):
+            return super().get_eval_dataloader(eval_dataset)
+        stream = repeat_stream(dataset.shuffle(seed=self.args.seed), group_size=self._group_size("eval"))
+        return super().get_eval_dataloader(stream)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         return RepeatSampler(eval_dataset, group_size=self._group_size("eval"), seed=self.args.seed)
@@ -565,8 +618,10 @@ class GRPOTrainer(Trainer):
 
     def _micro_batches_before(self) -> int:
         """Micro-batches up to the step that a checkpoint resumes from, so that generation keeps its rhythm."""
-        per_epoch = len(self.callback_handler.train_dataloader)
         accumulation = self.args.gradient_accumulation_steps
+        if isinstance(self.train_dataset, IterableDataset):
+            return self.state.global_step * accumulation
+        per_epoch = len(self.callback_handler.train_dataloader)
         epochs, steps = divmod(self.state.global_step, math.ceil(per_epoch / accumulation))
         return epochs * per_epoch + steps * accumulation
 
@@ -587,7 +642,7 @@ class GRPOTrainer(Trainer):
         prompt_ids = self._tokenize(prompts)
         with self._phase("generate"):
             completion_ids = self._generate(prompt_ids)
-        completions = self._decode(completion_ids, conversational=isinstance(prompts[0], list))
+        completions = self._decode(completion_ids, conversational=is_messages(prompts[0]))
         finished = self._finished(completion_ids)
         self._log_lengths(mode, prompt_ids, completion_ids, finished)
 
@@ -610,7 +665,7 @@ class GRPOTrainer(Trainer):
         return batch
 
     def _tokenize(self, prompts: list) -> list[list[int]]:
-        if isinstance(prompts[0], str):
+        if not is_messages(prompts[0]):
             return self.processing_class(text=prompts)["input_ids"]
         return self.processing_class.apply_chat_template(
             conversation=prompts,
@@ -644,8 +699,8 @@ class GRPOTrainer(Trainer):
     ) -> RolloutBatch:
         device, pad_id = self.accelerator.device, self.processing_class.pad_token_id
         multiple = self.args.pad_to_multiple_of
-        padded_prompts, prompt_mask = pad(prompt_ids, pad_id, "left", multiple)
-        padded_completions, completion_mask = pad(completion_ids, pad_id, "right", multiple)
+        padded_prompts, prompt_mask = pad_ids(prompt_ids, pad_id, "left", multiple)
+        padded_completions, completion_mask = pad_ids(completion_ids, pad_id, "right", multiple)
         if self.args.mask_truncated_completions:
             completion_mask = completion_mask * torch.tensor(finished).long().unsqueeze(1)
         completion_mask = completion_mask.to(device)
@@ -680,7 +735,8 @@ class GRPOTrainer(Trainer):
             log_metric=lambda name, value: self._pending_metrics[name].append(value),
         )
         for name, tokenizer in self.reward_tokenizers.items():
-            rewards[name] = self._model_rewards(self.reward_funcs[name], tokenizer, prompts, completions)
+            scores = self._model_rewards(self.reward_funcs[name], tokenizer, prompts, completions)
+            rewards[name] = checked_rewards(name, scores, len(rows))
         columns_of_k = [torch.as_tensor(rewards[name], dtype=torch.float32) for name in self.reward_funcs]
         per_function = torch.stack(columns_of_k, dim=1).to(self.accelerator.device)
         unscorable = int(torch.isnan(per_function).all(dim=1).sum())
@@ -694,7 +750,7 @@ class GRPOTrainer(Trainer):
     def _model_rewards(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list, completions: list
     ) -> list[float]:
-        if isinstance(prompts[0], str):
+        if not is_messages(prompts[0]):
             texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
         else:
             texts = [
@@ -731,7 +787,8 @@ class GRPOTrainer(Trainer):
         if self._takes_position_ids:
             # Counted from the first real token, as `generate` does; learned positions would be off by the padding.
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        if self.aux_loss_coef and want:
+        with_aux_loss = bool(self.aux_loss_coef and want)
+        if with_aux_loss:
             inputs["output_router_logits"] = True
         with self.accelerator.autocast():
             scores, output = label_scores(
@@ -745,7 +802,7 @@ class GRPOTrainer(Trainer):
                 fp32_head=self.args.cast_lm_head_to_fp32,
             )
         entropy = None if scores.entropy is None else scores.entropy[:, -length:]
-        return scores.logps[:, -length:], entropy, output.get("aux_loss")
+        return scores.logps[:, -length:], entropy, output.aux_loss if with_aux_loss else None
 
     def _logps_without_grad(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
         """Log-probabilities (N, T) under the model without dropout, a micro-batch at a time."""
@@ -872,16 +929,23 @@ class GRPOTrainer(Trainer):
         found: group_advantages.GroupAdvantages,
     ) -> None:
         """Keep the completions for the table, and what reward functions handed to `log_extra` and `log_metric`."""
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(completions))
+        kept, rows_before = self._logs, len(self._logs["prompt"])
+        kept["prompt"].extend(gather_object(prompts))
+        kept["completion"].extend(gather_object(completions))
         for name, rewards in zip(self.reward_funcs, per_function.T):
-            self._logs["rewards"][name].extend(rewards.tolist())
-        self._logs["advantages"].extend(found.advantages.tolist())
+            kept["rewards"][name].extend(rewards.tolist())
+        kept["advantages"].extend(found.advantages.tolist())
         self._logs_are_new = True
-        # Sorted, so that all processes gather in the same order.
-        for column in sorted(set(gather_object(list(self._pending_extra)))):
+        # Sorted, so that all processes gather in the same order. A column stays aligned with the prompts even if it is
+        # not logged for every batch.
+        for column in sorted({*gather_object(list(self._pending_extra)), *kept["extra"]}):
             values = self._pending_extra.get(column, [None] * len(prompts))
-            self._logs["extra"][column].extend(gather_object(values))
+            if len(values) != len(prompts):
+                raise ValueError(
+                    f"log_extra({column!r}) got {len(values)} values for {len(prompts)} completions; pass one for each."
+                )
+            kept["extra"][column].extend([None] * (rows_before - len(kept["extra"][column])))
+            kept["extra"][column].extend(gather_object(values))
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = gather_object(self._pending_metrics.get(name, []))
             self._log(mode, name, sum(values) / len(values))
@@ -922,22 +986,18 @@ class GRPOTrainer(Trainer):
     def _show_completions(self) -> None:
         """Print the completions of the latest batch and write them beside the checkpoints (and to wandb, trackio)."""
         logs, step = self._logs, self.state.global_step
-        print_completions(
-            list(logs["prompt"]),
-            list(logs["completion"]),
-            {name: list(values) for name, values in logs["rewards"].items()},
-            list(logs["advantages"]),
-            step,
-            self.args.num_completions_to_print,
-            {name: list(values) for name, values in logs["extra"].items()},
-        )
+        columns = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
+        rewards = {name: list(values) for name, values in logs["rewards"].items()}
+        extra = {name: list(map(_tabular, values)) for name, values in logs["extra"].items()}
+        print_completions(*columns.values(), rewards, extra, step, self.args.num_completions_to_print)
         table = pd.DataFrame(
             {
-                "step": [step] * len(logs["prompt"]),
-                "prompt": list(logs["prompt"]),
-                "completion": list(logs["completion"]),
-                **{name: list(values) for name, values in {**logs["rewards"], **logs["extra"]}.items()},
-                "advantage": list(logs["advantages"]),
+                "step": [step] * len(columns["prompt"]),
+                "prompt": columns["prompt"],
+                "completion": columns["completion"],
+                **rewards,
+                **extra,
+                "advantage": columns["advantages"],
             }
         )
         folder = os.path.join(self.args.output_dir, "completions")
@@ -1015,19 +1075,21 @@ def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_dataset(name: str, dataset: Any, required: bool = False) -> None:
+def _check_dataset(name: str, dataset: Any) -> None:
     if dataset is None:
-        if required:
-            raise ValueError(f"`{name}` is missing; pass a dataset with a column 'prompt'.")
-        return
-    if not isinstance(dataset, Dataset):
+        raise ValueError(f"`{name}` is missing; pass a datasets.Dataset with a column 'prompt'.")
+    if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
-            f"`{name}` is a {type(dataset).__name__}; pass a datasets.Dataset (streaming datasets are not supported yet)."
+            f"`{name}` is a {type(dataset).__name__}; pass a datasets.Dataset (Dataset.from_list makes one of rows)."
         )
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"`{name}` has the columns {', '.join(dataset.column_names) or '(none)'}, but no 'prompt'; rename or add it."
-        )
+    columns = column_names(dataset, name)
+    if "prompt" not in columns:
+        raise ValueError(f"`{name}` has the columns {', '.join(columns)}, but no 'prompt'; rename or add it.")
+
+
+def _tabular(value: Any) -> Any:
+    """A value as a column of mixed values can hold it."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _unused(name: str, taken: dict[str, Any]) -> str:

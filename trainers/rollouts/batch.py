@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from outspoken.trainers.data.padding import pad
+
 
 @dataclass
 class RolloutBatch:
@@ -57,7 +59,7 @@ class RolloutBatch:
         return [self.select(slice(i * size, (i + 1) * size)) for i in range(parts)]
 
 
-def pad(
+def pad_ids(
     sequences: Sequence[Sequence[int]], value: int, side: str, multiple_of: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token ids of unequal length as one tensor, and its mask (1 on tokens, 0 on padding): both (N, longest), int64.
@@ -67,13 +69,6 @@ def pad(
         side: "left" or "right".
         multiple_of: round the length up to a multiple of this.
     """
-    length = max(map(len, sequences), default=0)
-    if multiple_of:
-        length = -(-length // multiple_of) * multiple_of
-    ids = torch.full((len(sequences), length), value, dtype=torch.long)
-    mask = torch.zeros((len(sequences), length), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        place = slice(length - len(sequence), length) if side == "left" else slice(0, len(sequence))
-        ids[row, place] = torch.as_tensor(sequence, dtype=torch.long)
-        mask[row, place] = 1
+    ids = pad(sequences, value, side, multiple_of, dtype=torch.long)
+    mask = pad([[1] * len(sequence) for sequence in sequences], 0, side, multiple_of, dtype=torch.long)
     return ids, mask

@@ -1,8 +1,10 @@
 """In which order prompts are drawn for group-relative methods."""
 
 from collections.abc import Iterator, Sized
+from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch.utils.data import Sampler
 
 
@@ -56,3 +58,16 @@ class RepeatSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.size // self.prompts_per_batch * self.prompts_per_batch * self.group_size * self.repeats
+
+
+def repeat_stream(
+    dataset: IterableDataset, group_size: int, prompts_per_batch: int = 1, repeats: int = 1
+) -> IterableDataset:
+    """The rows of a stream in the order in which `RepeatSampler` (without shuffling) draws those of a dataset."""
+
+    def repeated(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        size = len(next(iter(rows.values())))
+        order = [index for _ in range(repeats) for index in range(size) for _ in range(group_size)]
+        return {name: [values[index] for index in order] for name, values in rows.items()}
+
+    return dataset.map(repeated, batched=True, batch_size=prompts_per_batch, drop_last_batch=True)

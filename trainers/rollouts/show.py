@@ -15,11 +15,11 @@ MAX_CELL_CHARACTERS = 2000
 def print_completions(
     prompts: Sequence[Any],
     completions: Sequence[Any],
-    rewards: Mapping[str, Sequence[float]],
     advantages: Sequence[float],
+    rewards: Mapping[str, Sequence[float]],
+    extra: Mapping[str, Sequence[Any]],
     step: int,
     count: int | None = None,
-    extra: Mapping[str, Sequence[Any]] | None = None,
     console: Console | None = None,
 ) -> None:
     """Print a table of prompts, completions, rewards and advantages, one row per completion.
@@ -27,8 +27,8 @@ def print_completions(
     Args:
         prompts, completions: strings or lists of messages.
         rewards: reward function name -> one number per completion.
-        count: how many rows, drawn at random; all if None.
         extra: further columns.
+        count: how many rows, drawn at random; all if None.
     """
     rows: Sequence[int] = range(len(prompts))
     if count is not None and count < len(rows):
@@ -36,7 +36,6 @@ def print_completions(
         rows = sorted(random.Random(step).sample(rows, max(count, 0)))
     if not rows:
         return
-    extra = extra or {}
     table = Table(expand=True, show_lines=True)
     table.add_column("Prompt", style="yellow")
     table.add_column("Completion", style="green")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from outspoken.trainers.rollouts.batch import pad
+from outspoken.trainers.rollouts.batch import pad_ids
 
 
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -60,7 +60,7 @@ def generate(
         Token ids of each completion, up to and with the first EOS token.
     """
     device = next(model.parameters()).device
-    ids, mask = pad(prompt_ids, tokenizer.pad_token_id, "left", args.pad_to_multiple_of)
+    ids, mask = pad_ids(prompt_ids, tokenizer.pad_token_id, "left", args.pad_to_multiple_of)
     was_training = model.training
     model.eval()
     try:
