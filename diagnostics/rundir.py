@@ -78,7 +78,7 @@ class RunDirectory:
         self._tried = 0.0
         self._run: dict[str, Any] = {}
         self._beat = -math.inf
-        self._recorded: set[str] = set()  # ids of changes.jsonl
+        self._recorded: set[str] = set()  # ids that changes.jsonl has beyond `requested`
         self._handled: set[str] = set()  # ids that the trainer has dealt with
         self._inbox: dict[str, Path] = {}  # id -> its file in control/
         self._resume = resume
@@ -119,7 +119,7 @@ class RunDirectory:
     def append_change(self, record: Mapping[str, Any]) -> bool:
         """Add a transition to changes.jsonl. Says whether it was written."""
         written = self._append(CHANGES, _encode(plain(record)))
-        if written:
+        if written and record.get("state") != "requested":
             self._recorded.add(str(record.get("id")))
         return written
 
@@ -133,8 +133,8 @@ class RunDirectory:
     def requests(self) -> Iterator[dict[str, Any] | BadRequest]:
         """What agents ask for in `control/`, oldest first (by name). Each comes until `done` is called for its id.
 
-        A request whose id stands in changes.jsonl was dealt with before a crash: its file is only removed. While the
-        directory cannot be written, requests wait: what is done about them could not be recorded.
+        A request that changes.jsonl has beyond `requested` was dealt with before a crash: its file is only removed.
+        While the directory cannot be written, requests wait: what is done about them could not be recorded.
         """
         if self.problem is not None:
             return
@@ -154,7 +154,7 @@ class RunDirectory:
                     yield BadRequest(request_id, str(error)[:MAX_TEXT], path)
 
     def done(self, request_id: str) -> None:
-        """The request was dealt with: it is not handed out again, and its file goes once changes.jsonl names it."""
+        """The request was dealt with: it is not handed out again, and its file goes once changes.jsonl says so."""
         self._handled.add(request_id)
         path = self._inbox.pop(request_id, None)
         if path is not None and request_id in self._recorded:
@@ -188,7 +188,7 @@ class RunDirectory:
             self._fds[name] = _open_to_append(self.path / name)
         if not self._started:
             changes, _ = read_jsonl(self.path / CHANGES)
-            self._recorded = {str(change.get("id")) for change in changes}
+            self._recorded = {str(c.get("id")) for c in changes if c.get("state") != "requested"}
             self._started = True
         if self._run and not (self.path / RUN).exists():
             self._replace_run()
@@ -234,16 +234,16 @@ class RunDirectory:
         except OSError:
             self._fds = {}
         first = self.problem is None
-        self.problem = str(error)[:MAX_TEXT]
+        self.problem = (
+            f"The run directory {self.path} cannot be written ({str(error)[:MAX_TEXT]}). Training goes on; "
+            "what happens until it can be written again is not recorded."
+        )
         if first:
-            self._say(
-                f"Cannot write the run directory {self.path}: {self.problem}. Training goes on; "
-                "what happens until it can be written again is not recorded."
-            )
+            self._say(self.problem)
 
     def _recovered(self) -> None:
         self.problem, self._skipped = None, 0
-        self._say(f"The run directory {self.path} is written again; {self.lost_lines} lines were lost so far.")
+        self._say(f"The run directory {self.path} can be written again; {self.lost_lines} lines were lost so far.")
         if self._run:
             self._try(self._replace_run)
 
