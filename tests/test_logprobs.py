@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn.functional import log_softmax
+
 from outspoken.trainers.logprobs import (
     IGNORE_INDEX,
     entropy_from_logits,
@@ -10,7 +12,6 @@ from outspoken.trainers.logprobs import (
     scores_from_logits,
     selective_log_softmax,
 )
-from torch.nn.functional import log_softmax
 
 ALL = ("entropy", "is_top1", "mean_logps")
 

@@ -318,13 +318,16 @@ class SFTTrainer(Trainer):
         self.recorder = Recorder()
         self._skip_prepare_dataset = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
         self._formatting_func = formatting_func
-        prepare = lambda dataset, name: self._prepare(dataset, name, args, tokenizer, data_collator is None)  # noqa: E731
-        train_dataset = prepare(train_dataset, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = prepare(eval_dataset, "eval")
-        if data_collator is None:
+        own_collator = data_collator is None
+        train_dataset, facts = self._prepare(train_dataset, "train", args, tokenizer, own_collator)
+        self.recorder.facts.update(facts)
+        if eval_dataset is not None:
+            prepared = {
+                name: self._prepare(dataset, name, args, tokenizer, own_collator)[0]
+                for name, dataset in named_datasets(eval_dataset, "eval").items()
+            }
+            eval_dataset = prepared if isinstance(eval_dataset, dict) else prepared["eval"]
+        if own_collator:
             data_collator = DataCollatorForLanguageModeling(pad_token_id, args.pad_to_multiple_of)
 
         super().__init__(
@@ -346,6 +349,12 @@ class SFTTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which SFTTrainer cannot use; launch with "
                 "`accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "`parallelism_config` splits sequences over processes, which SFTTrainer does not support; set its "
+                "`cp_size` and `sp_size` to 1."
+            )
         # The loss below shifts the labels and divides by `num_items_in_batch` whatever the architecture.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -363,8 +372,8 @@ class SFTTrainer(Trainer):
 
     def _prepare(
         self, dataset: AnyDataset, name: str, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, own_collator: bool
-    ) -> AnyDataset:
-        """Tokenize, label, truncate and shuffle a dataset, as `args` say."""
+    ) -> tuple[AnyDataset, dict[str, float]]:
+        """Tokenize, label, truncate and shuffle a dataset, as `args` say; returns it and the facts about it."""
         if self._skip_prepare_dataset:
             columns = {*column_names(dataset, name)}
             if own_collator and "input_ids" not in columns:
@@ -377,7 +386,7 @@ class SFTTrainer(Trainer):
                     f"`skip_prepare_dataset` is set, so the masks of the {name} dataset would be ignored; add a column "
                     "'labels' (-100 where no loss is wanted), or drop the option."
                 )
-            return dataset
+            return dataset, {}
         how = SupervisedFormat(
             text_column=args.dataset_text_field,
             completion_only_loss=self.completion_only_loss,
@@ -394,9 +403,7 @@ class SFTTrainer(Trainer):
                 formatting_func=self._formatting_func,
                 num_proc=args.dataset_num_proc,
             )
-        if name == "train":
-            self.recorder.facts.update(facts)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        return (dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset), facts
 
     def _set_up_router_loss(self) -> None:
         """Switch the load-balancing loss of a mixture of experts on or off, in the model's config too."""
@@ -504,14 +511,9 @@ class SFTTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate; a dataset given here is prepared like those given to the trainer."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
+            own_collator = isinstance(self.data_collator, DataCollatorForLanguageModeling)
             prepared = {
-                name: self._prepare(
-                    dataset,
-                    name,
-                    self.args,
-                    self.processing_class,
-                    isinstance(self.data_collator, DataCollatorForLanguageModeling),
-                )
+                name: self._prepare(dataset, name, self.args, self.processing_class, own_collator)[0]
                 for name, dataset in named_datasets(eval_dataset, "eval").items()
             }
             eval_dataset = prepared if isinstance(eval_dataset, dict) else prepared["eval"]
