@@ -141,7 +141,6 @@ class DiagnosticsCallback(TrainerCallback):
         self._trial: changes.Trial | None = None
         self._checkpoints: list[_Checkpoint] = []
         self._verdict_told: str | None = None
-        self._problem_told: str | None = None
         self._step_started = 0.0
         self._restore_before: int | None = None
         self._last_step = 0
@@ -215,9 +214,6 @@ class DiagnosticsCallback(TrainerCallback):
         self._start_run(args, state)
         self._step_started = time.perf_counter()
         atexit.register(self._at_exit)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pass
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._before_optimizer(state)
@@ -472,9 +468,8 @@ class DiagnosticsCallback(TrainerCallback):
         folder = Path(self._run_dir) if self._run_dir is not None else Path(args.output_dir) / RUN_FOLDER
         resumed = state.global_step > 0
         previous = _previous_run(folder)
-        if previous is not None and not resumed:
-            _set_aside(folder, previous)
-            previous = None
+        if not resumed:
+            previous = None  # another run that wrote here is set aside by the writer
         self.run_id = previous["id"] if previous is not None else _new_run_id(method)
         config = live.config_of(args)
         bounds = live.live_fields(trainer, args)
@@ -494,9 +489,9 @@ class DiagnosticsCallback(TrainerCallback):
             total_steps=state.max_steps or None,
             run_id=self.run_id,
         )
-        self._writer = RunDirectory(folder)
         if self._sinks is None:
-            self._sinks = default_sinks(os.environ)
+            self._sinks = list(default_sinks(os.environ, self.run_id))
+        self._writer = RunDirectory(folder, resume=previous is not None, say=self._note)
         if previous is not None:
             self._replay(folder, state.global_step)
             self.engine.open_segment(state.global_step, "resumed", config)
@@ -584,9 +579,6 @@ class DiagnosticsCallback(TrainerCallback):
             self._note(digest)
         for code, reason in self.engine.failed_rules().items():
             self._note_once(f"rule {code} is not evaluated: {reason}")
-        if self._writer.problem != self._problem_told:
-            self._problem_told = self._writer.problem
-            self._note(self._problem_told or "the run directory can be written again")
 
     def _errors(self) -> frozenset[str]:
         if self.engine is None:
@@ -780,6 +772,7 @@ class DiagnosticsCallback(TrainerCallback):
                 "verdict": verdict,
             }
             self._writer.write_run(self._run_record)
+            self._writer.close()
             for sink in self._sinks or []:
                 sink.close()
         except Exception as error:
@@ -827,13 +820,6 @@ def _previous_run(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("schema") == RUN_SCHEMA else None
-
-
-def _set_aside(folder: Path, previous: Mapping[str, Any]) -> None:
-    """Another run began in the same output directory: the old record keeps its own folder."""
-    target = folder.with_name(f"{folder.name}-{previous['id']}")
-    if not target.exists():
-        folder.rename(target)
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,50 @@
+# `make demo` and `make test` work on a machine with Python 3.11+, pip, make and gcc, with nothing done before.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests share two cores with pytest-xdist; threads inside torch would fight over them.
+ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+JOBS ?= 2
+
+.PHONY: install demo test test-all lint types format bench docs clean
+
+install: $(VENV)/.base $(VENV)/.dev
+
+# Constraints name every version that the tests were run with. torch comes first: alone it resolves to one build.
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip setuptools -c constraints.txt
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install -q --no-build-isolation -e . -c constraints.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,dev,otel]" -c constraints.txt
+	mkdir -p $(VENV)/src && ln -sfn "$(CURDIR)" $(VENV)/src/outspoken
+	touch $@
+
+demo: $(VENV)/.base
+	$(ENV) $(BIN)/outspoken demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(ENV) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.dev
+	$(ENV) $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
+
+# The checkout's folder has any name; the link gives mypy the package's.
+types: $(VENV)/.dev
+	MYPYPATH=$(VENV)/src $(BIN)/mypy -p outspoken.diagnostics -p outspoken.schemas -p outspoken.agent_api -p outspoken.trainers -p outspoken.cli -m outspoken
+
+bench: $(VENV)/.dev
+	$(ENV) $(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,71 @@
+"""The demo's world: a tiny model, a tokenizer of single characters, and sums whose working must be written out."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = "0123456789+=; "
+PAD, END = "<pad>", "<end>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are single characters, plus padding and end of text."""
+    vocabulary = {token: i for i, token in enumerate([PAD, END, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left")
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama of some hundred thousand parameters, freshly initialised."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def problem(rng: random.Random) -> tuple[str, str]:
+    """A sum of three digits and its working: '3+8+5=' -> '3+8=11;11+5=16'."""
+    a, b, c = (rng.randrange(10) for _ in range(3))
+    return f"{a}+{b}+{c}=", f"{a}+{b}={a + b};{a + b}+{c}={a + b + c}"
+
+
+def solved_examples(n: int, seed: int, slips: float = 0.5) -> Dataset:
+    """Worked sums to imitate. A share `slips` of them ends with a wrong result: a teacher's carelessness, which
+    reinforcement learning can then remove."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        prompt, solution = problem(rng)
+        if rng.random() < slips:
+            working, _, result = solution.rpartition("=")
+            solution = f"{working}={max(0, int(result) + rng.choice([-2, -1, 1, 2]))}"
+        rows.append({"prompt": prompt, "completion": solution + END})
+    return Dataset.from_list(rows)
+
+
+def problems(n: int, seed: int) -> Dataset:
+    rng = random.Random(seed)
+    pairs = [problem(rng) for _ in range(n)]
+    return Dataset.from_dict({"prompt": [p for p, _ in pairs], "answer": [s.rsplit("=", 1)[1] for _, s in pairs]})
+
+
+def right_answer(completions: Sequence[str], answer: Sequence[str], **_: object) -> list[float]:
+    """1 if what stands after the last '=' is the right sum, else 0."""
+    return [float(text.rsplit("=", 1)[-1].strip() == right) for text, right in zip(completions, answer, strict=True)]
