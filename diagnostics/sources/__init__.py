@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from outspoken.diagnostics import rundir
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources import own
 from outspoken.diagnostics.sources.assemble import Account, Segment, assemble
@@ -81,6 +82,7 @@ class LoggedRun:
     facts: dict[str, Any] = field(default_factory=dict)
     config_known: bool = False
     total_steps: int | None = None
+    segment_numbers: list[int] = field(default_factory=list)  # of a run of ours: the number recorded for each segment
     summary: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -114,11 +116,11 @@ def read(
     card: dict[str, Any] = {}
     if path.is_dir():
         directory = own.find_run_directory(path)
-        if directory is not None and (directory / own.METRICS).is_file():
-            path, card = directory / own.METRICS, own.read_card(directory)
+        if directory is not None and (directory / rundir.METRICS).is_file():
+            path, card = directory / rundir.METRICS, own.read_card(directory)
         else:
             path = _find_log(path)
-    elif path.name == own.METRICS and (path.parent / own.CARD).is_file():
+    elif path.name == rundir.METRICS and (path.parent / rundir.RUN).is_file():
         card = own.read_card(path.parent)
     raw = read_raw(path, format)
     if own.is_record(raw.rows[0]):
@@ -198,6 +200,7 @@ def _own_run(
     segments: list[Segment] = []
     account = Account()
     last_segment: Any = None
+    numbers: list[int] = []
     strange = 0
     for row in raw.rows:
         made = own.to_observation(row) if own.is_record(row) else None
@@ -214,6 +217,7 @@ def _own_run(
         if not segments or segment != last_segment:
             reason = "start" if not segments else "the run was resumed or its configuration changed"
             segments.append(Segment(len(observations), made.step, reason))
+            numbers.append(segment if isinstance(segment, int) else len(numbers))
         last_segment = segment
         observations.append(made)
     if not observations:
@@ -242,6 +246,7 @@ def _own_run(
         config={**(recorded_config if isinstance(recorded_config, dict) else {}), **given},
         facts=dict(recorded_facts) if isinstance(recorded_facts, dict) else {},
         config_known=bool(given) or isinstance(recorded_config, dict),
+        segment_numbers=numbers,
         total_steps=int(total) if isinstance(total, int) and total > 0 else None,
         notes=notes,
     )

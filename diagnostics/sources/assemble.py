@@ -114,7 +114,7 @@ def _step_axis(rows: Sequence[Row], family: Family) -> str | None:
         for name, value in row.items():
             if _step_of(value) is not None:
                 present[name] = present.get(name, 0) + 1
-    order = {name: i for i, name in enumerate((*family.steps, *STEPS))}
+    order = {name: i for i, name in enumerate(dict.fromkeys((*family.steps, *STEPS)))}
     named = [raw for raw in present if tidy(raw).lower() in order or raw in order]
     enough = [raw for raw in named if present[raw] >= 0.5 * len(rows)]
     if not enough:
@@ -126,7 +126,7 @@ def _step_of(value: Any) -> int | None:
     if isinstance(value, bool):
         return None
     number = as_number(value)
-    if number is None or not math.isfinite(number) or not -(2**53) < number < 2**53:
+    if number is None or not math.isfinite(number) or not 0 <= number < 2**53:
         return None
     return round(number)
 

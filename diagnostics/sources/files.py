@@ -166,10 +166,11 @@ def _first_line(path: Path) -> str:
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         text = head.decode("utf-16", errors="ignore")
     else:
-        if b"\0" in head:
+        if b"\0" in head.split(b"\n")[0]:
             raise UnreadableLog(f"{path}: is a binary file, not a log of metrics.")
         text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="ignore")
-    return next((line for line in text.splitlines() if line.strip()), "").strip()
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if line and not line.startswith("#")), "")
 
 
 def _sniff(path: Path, first: str) -> str:
@@ -179,7 +180,8 @@ def _sniff(path: Path, first: str) -> str:
             value = _loads(first)
         except (ValueError, RecursionError):
             return "json" if _opens_document(first) else "jsonl"
-        return "json" if isinstance(value, dict) and _history(value) is not None else "jsonl"
+        lists_only = isinstance(value, dict) and all(isinstance(v, list) for v in value.values())
+        return "json" if _history(value) is not None or (lists_only and _columns(value)) else "jsonl"
     if first.startswith("["):
         return "json"
     if _delimiter(first) is not None:
@@ -262,7 +264,8 @@ def _read_jsonl(path: Path, notes: list[str]) -> RawLog:
         notes.append(f"Line {last}, the last, was cut off while it was written; it was skipped.")
     elif skipped:
         shown = ", ".join(map(str, skipped[:10])) + (" …" if len(skipped) > 10 else "")
-        notes.append(f"{_count(len(skipped), 'line')} could not be parsed and were skipped: {shown}.")
+        were = "was" if len(skipped) == 1 else "were"
+        notes.append(f"{_count(len(skipped), 'line')} could not be parsed and {were} skipped: {shown}.")
     if twice:
         notes.append(f"{_count(twice, 'row')} held a name twice; the last value of it was kept.")
     return RawLog("jsonl", rows, skipped=skipped, wrapped=2 * wrapped > len(rows))
@@ -331,6 +334,8 @@ def _read_document(path: Path, kind: str, notes: list[str]) -> RawLog:
 
 def _delimiter(header: str) -> str | None:
     """The delimiter of a CSV header, None if the line is no header."""
+    if header.startswith(("{", "[")) or "\r" in header:
+        return None
     counts = {d: header.count(d) for d in (",", "\t", ";", "|")}
     best = max(counts, key=lambda d: counts[d])
     if counts[best] == 0:
@@ -364,10 +369,10 @@ def _read_csv(path: Path, notes: list[str]) -> RawLog:
                 yield text + "\n"
 
     lines = texts()
-    header_line = next(lines, "")
-    delimiter = _delimiter(header_line.strip())
+    header_line = next(lines, "").strip()
+    delimiter = _delimiter(header_line)
     if delimiter is None:
-        raise UnreadableLog(f"{path}: line 1 is no CSV header of column names ({header_line[:60].strip()!r}).")
+        raise UnreadableLog(f"{path}: line 1 is no CSV header of column names ({header_line[:60]!r}).")
     header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter))]
     names: list[str] = []
     for i, name in enumerate(header):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from outspoken.diagnostics import signals
+from outspoken.diagnostics.records import MAX_TEXT
 
 Kind = Literal["step", "epoch", "time", "clock", "signal", "summary"]
 
@@ -183,6 +184,7 @@ def plan(raw_names: Iterable[str], family: Family, step: str | None) -> dict[str
             while own in taken:
                 own += "_again"
             taken.add(own)
+            own = own[:MAX_TEXT]
             columns[raw] = Column(raw, "signal", own, 1.0, is_evaluation(own))
     return {raw: columns[raw] for raw in raw_names}
 

@@ -1,21 +1,19 @@
 """Our own run directory: `run.json` and `metrics.jsonl`, read back as they were written."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from outspoken.diagnostics.records import MAX_TEXT, Observation, as_number
+from outspoken.diagnostics.rundir import METRICS, RUN, read_json
 from outspoken.diagnostics.sources.files import Row, UnreadableLog
 
-METRICS = "metrics.jsonl"
-CARD = "run.json"
 RECORD = "outspoken.observation/"
 
 
 def find_run_directory(path: Path) -> Path | None:
     """The run directory that `path` is, or that lies in it as `outspoken/`; None if neither is one."""
     for directory in (path, path / "outspoken"):
-        if (directory / CARD).is_file() or (directory / METRICS).is_file():
+        if (directory / RUN).is_file() or (directory / METRICS).is_file():
             return directory
     return None
 
@@ -26,16 +24,13 @@ def read_card(directory: Path) -> dict[str, Any]:
     Raises:
         UnreadableLog: it is no JSON object.
     """
-    path = directory / CARD
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = directory / RUN
+    if not path.exists():
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnreadableLog(f"{path}: is not readable JSON ({type(error).__name__}).") from None
-    if not isinstance(value, dict):
-        raise UnreadableLog(f"{path}: must hold a JSON object.")
-    return value
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise UnreadableLog(f"{path}: {error}.") from None
 
 
 def is_record(row: Row) -> bool:
