@@ -194,6 +194,8 @@ class Engine:
         view.points += 1
         view.segment_points += 1
         rings = view.rings
+        if observation.epoch is not None and "epoch" not in observation.signals:
+            rings.setdefault("epoch", Ring()).append(step, observation.epoch)
         for name, value in observation.signals.items():
             ring = rings.get(name)
             if ring is None:

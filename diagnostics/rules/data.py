@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from outspoken.diagnostics.records import Evidence, Expectation, Finding, Severity, Unknown
-from outspoken.diagnostics.rules.fixes import advise, set_field
+from outspoken.diagnostics.rules.fixes import advise, round_up, set_field
 from outspoken.diagnostics.rules.registry import SUPERVISED, Params, rule
 from outspoken.diagnostics.view import RunView
 
@@ -41,7 +41,8 @@ def all_labels_masked(run: RunView, p: Params) -> Finding | Unknown | None:
 
     ## What to change
 
-    - `max_length` x2, if the rows are cut before their answer begins. More memory.
+    - `max_length` up to the 99th percentile of the rows' lengths, at most x2, if rows are cut before their answer
+      begins. More memory.
     - Correct the response template, the markers of the chat template or the column names; or drop the rows. Not a
       setting.
 
@@ -61,7 +62,8 @@ def all_labels_masked(run: RunView, p: Params) -> Finding | Unknown | None:
     found: list[tuple[Severity, str, Evidence]] = []
     if share is not None and share > p.some:
         rows = run.facts.get("data/rows")
-        of = f" of the {rows:,} rows" if isinstance(rows, int) else " of the data set's rows"
+        n = int(rows) if isinstance(rows, int | float) else 0
+        of = f" of the {n:,} rows" if n else " of the data set's rows"
         found.append(
             (
                 "error" if share > p.many else "warning",
@@ -70,7 +72,7 @@ def all_labels_masked(run: RunView, p: Params) -> Finding | Unknown | None:
                     "data/no_supervised_share",
                     "value",
                     float(share),
-                    rows if isinstance(rows, int) else 0,
+                    n,
                     here,
                     threshold=p.some,
                     direction="above",
@@ -105,19 +107,20 @@ def all_labels_masked(run: RunView, p: Params) -> Finding | Unknown | None:
     worst: Severity = "error" if any(f[0] == "error" for f in found) else "warning"
     advice = "Check the response template and the columns that mark what is trained, and drop rows without an answer"
     suggestions = []
-    old = run.config.get("max_length")
-    if isinstance(old, int) and not isinstance(old, bool) and old > 0:
-        advice = f"If these rows are cut before their answer, consider raising max_length from {old} to {2 * old}; "
+    longer = _longer(run)
+    if longer is not None:
+        old, new, p99 = longer
+        advice = f"If these rows are cut before their answer, consider raising max_length from {old} to {new}; "
         advice += "else check the response template and the columns that mark what is trained, and drop such rows"
         suggestions.append(
             set_field(
                 run,
                 "DAT003.1",
                 "max_length",
-                2 * old,
+                new,
                 when="earlier_checkpoint",
-                formula="2*max_length",
-                inputs={"max_length": old},
+                formula="min(2*max_length, p99_length rounded up to 64)",
+                inputs={"max_length": old, "p99_length": p99},
                 preconditions=("the rows without labels are longer than max_length",),
                 side_effects=("more memory and time for long rows",),
                 expect=Expectation("samples/no_supervised", "below", p.some, within_steps=50),
@@ -135,3 +138,16 @@ def all_labels_masked(run: RunView, p: Params) -> Finding | Unknown | None:
         confidence="high",
         impact="these rows teach nothing, and a batch of them has a NaN loss",
     )
+
+
+def _longer(run: RunView) -> tuple[int, int, float | None] | None:
+    """max_length, a larger one, and the rows' 99th percentile of lengths; None if no row is cut, or nobody knows."""
+    old = run.config.get("max_length")
+    if not isinstance(old, int) or isinstance(old, bool) or old <= 0:
+        return None
+    longest, p99 = run.facts.get("data/longest"), run.facts.get("data/p99_length")
+    if isinstance(longest, int | float) and longest <= old:
+        return None
+    if not isinstance(p99, int | float) or p99 <= old:
+        return old, 2 * old, None
+    return old, min(2 * old, round_up(p99, 64)), float(p99)

@@ -242,7 +242,8 @@ def nan_masked_by_logger(run: RunView, p: Params) -> Finding | None:
     ## What to change
 
     - `logging_nan_inf_filter` True -> False: shows the true loss, changes nothing in training. Needs a restart.
-    - Then treat it as NUM001: resume from before the first NaN with `learning_rate` x0.5.
+    - An error is then treated as NUM001 is: resume from before the first NaN with `learning_rate` x0.5.
+    - A warning: look at the batch. One example may be to blame.
 
     ## Sources
 
@@ -292,7 +293,7 @@ def nan_masked_by_logger(run: RunView, p: Params) -> Finding | None:
     shown = "the logged loss" if run.source == "log" else "loss"
     loss = f"while {shown} is {last:.4g}" if last is not None else "and no finite loss is logged"
     others = f" ({', '.join(f[0] for f in found[1:])} too)" if len(found) > 1 else ""
-    bad_steps = [s for f in found for s in run.nonfinite[f[0]] if s >= run.segment_start]
+    bad_steps = sorted(s for f in found for s in run.nonfinite[f[0]] if s >= run.segment_start)
     onset = min(bad_steps, default=run.step)
     suggestions = []
     show = "Set logging_nan_inf_filter=False to see the true loss"
@@ -302,13 +303,18 @@ def nan_masked_by_logger(run: RunView, p: Params) -> Finding | None:
         suggestions.append(replace(shows, applicability="auto"))  # it changes what is shown, not what is learned
     elif run.config.get("logging_nan_inf_filter") is False:
         show = "The log is not filtered, so the loss of that batch is right and something behind it is not"
-    resume = _resume_slower(run, "NUM002.2", 0.5, onset)
-    suggestions += listed((resume, _to_bf16(run, "NUM002.3")))
-    changes = changes_of(resume, "learning_rate to half and max_grad_norm to at most 1")
+    if severity == "error":
+        resume = _resume_slower(run, "NUM002.2", 0.5, onset)
+        suggestions += listed((resume, _to_bf16(run, "NUM002.3")))
+        changes = changes_of(resume, "learning_rate to half and max_grad_norm to at most 1")
+        then = f"resume from a checkpoint before step {onset}, changing {changes}"
+    else:
+        suggestions.append(_look_at_batch("NUM002.2", bad_steps[-1] if bad_steps else run.step))
+        then = f"look at the batch of step {bad_steps[-1] if bad_steps else run.step}"
     count = f"in {bad} of its last {n} points" if n > 1 else f"at step {run.nonfinite[name][-1]}"
     return Finding(
         message=f"{name} is not finite {count}{others} {loss}.",
-        advice=f"{show}, and resume from a checkpoint before step {onset}, changing {changes}.",
+        advice=f"{show}, and {then}.",
         evidence=[
             Evidence(
                 f,
@@ -525,8 +531,8 @@ def grad_spike(run: RunView, p: Params) -> Finding | Unknown | None:
 
     A point of `grad_norm` (before clipping) whose logarithm lies more than 6 robust standard deviations above the
     logarithms of the 50 points before it (standard deviation at least 0.1), and which is more than 5 times their median.
-    Steps with a gradient of exactly 0 are left out of the comparison: in RL they are steps without advantage. Information
-    by itself; a warning from the third within 100 steps, or when the loss of a supervised or preference run rises by
+    Steps with a gradient of exactly 0, and RL steps in which all groups had equal rewards, are left out of the
+    comparison: without an advantage the norm is that of the KL term alone. Information by itself; a warning from the third within 100 steps, or when the loss of a supervised or preference run rises by
     more than 4 robust standard deviations at most 5 points later.
 
     ## When it is fine
@@ -553,8 +559,13 @@ def grad_spike(run: RunView, p: Params) -> Finding | Unknown | None:
     if top <= p.ratio * float(before.min()):  # the common case, without a median
         return None
     positive = before[before > 0]
+    if len(positive) >= MIN_HISTORY and top <= p.ratio * stats.median(positive):
+        return None
+    positive = before[(before > 0) & _has_advantage(run, window)[: -back - 1]]
     if len(positive) < MIN_HISTORY:
-        return Unknown(f"grad_norm: fewer than {MIN_HISTORY} points above 0")
+        return Unknown(
+            f"grad_norm: fewer than {MIN_HISTORY} of the last {HISTORY} points have a gradient to compare with"
+        )
     median = stats.median(positive)
     if top <= p.ratio * median:
         return None
@@ -623,17 +634,39 @@ def _grad_spikes(run: RunView, p: Params) -> int:
     if window is None:
         return 0
     values, count = window.values, 0
-    positive = values[values > 0]
-    for i in np.flatnonzero(values > p.ratio * float(positive.min())):
+    usable = (values > 0) & _has_advantage(run, window)
+    for i in np.flatnonzero(values > p.ratio * float(values[usable].min(initial=math.inf))):
         if i < MIN_HISTORY or window.steps[i] <= run.step - p.within:
             continue
-        before = values[max(0, i - HISTORY) : i]
-        before = before[before > 0]
+        first = max(0, i - HISTORY)
+        before = values[first:i][usable[first:i]]
         if len(before) < MIN_HISTORY or values[i] <= p.ratio * stats.median(before):
             continue
         z = stats.zlog(float(values[i]), before, p.sd_floor)
         count += z is not None and z > p.z
     return count
+
+
+def _has_advantage(run: RunView, window: Window) -> NDArray[np.bool_]:
+    """For each point of a window, whether its step had an advantage: in RL, not all groups had equal rewards."""
+    there = np.ones(len(window), dtype=bool)
+    name = _zero_std_signal(run) if is_rl(run) else None
+    shares = run.window(name) if name is not None else None
+    if shares is None:
+        return there
+    # A rollout that is used for several steps logs its rewards once, at the first of them.
+    at = np.searchsorted(shares.steps, window.steps, side="right") - 1
+    there[(at >= 0) & (shares.values[at] >= 1)] = False
+    return there
+
+
+def _zero_std_signal(run: RunView) -> str | None:
+    """The signal that tells the share of groups with equal rewards, where it can be trusted."""
+    if run.has("groups/zero_std"):
+        return "groups/zero_std"
+    name = "frac_reward_zero_std"
+    known = run.method in GROUPED_RL and run.has(name)
+    return name if known and not signal_table.impossible(name, run.method, run.config) else None
 
 
 def _loss_after(run: RunView, step: int, p: Params) -> float | None:
@@ -742,18 +775,15 @@ def _zero_gradient_rl(run: RunView, p: Params) -> Finding | Unknown | None:
     share = zeros / n
     if share <= (p.rl_share - 0.3 if run.is_firing else p.rl_share):
         return None
-    name = "groups/zero_std"
-    if not run.has(name):
-        name = "frac_reward_zero_std"
-    equal = None
-    if run.method in GROUPED_RL and not signal_table.impossible(name, run.method, run.config):
+    name, equal = _zero_std_signal(run), None
+    if name is not None:
         points = run.window(name, n, min_n=n // 2)
         equal = points.mean if points is not None else None
     cut = run.median("completions/clipped_ratio", 10)
     masked = bool(run.config.get("mask_truncated_completions")) and cut is not None and cut > 0.8
     evidence = [window.evidence("share_zero", share, threshold=p.rl_share, direction="above")]
     said = f"grad_norm is 0 on {zeros} of the last {n} points"
-    if equal is not None:
+    if name is not None and equal is not None:
         evidence.append(Evidence(name, "mean", equal, n, window.span))
     if masked:
         return Finding(

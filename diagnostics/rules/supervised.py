@@ -5,7 +5,7 @@ import math
 from outspoken.diagnostics import stats
 from outspoken.diagnostics.records import Evidence, Expectation, Finding, Unknown
 from outspoken.diagnostics.rules.fixes import set_field
-from outspoken.diagnostics.rules.numerics import lower_learning_rate
+from outspoken.diagnostics.rules.numerics import is_rl, lower_learning_rate
 from outspoken.diagnostics.rules.registry import DISTILLATION, PREFERENCE, SUPERVISED, Params, rule
 from outspoken.diagnostics.view import RunView
 
@@ -14,7 +14,7 @@ from outspoken.diagnostics.view import RunView
     "SFT001",
     "overfit",
     severity="warning",
-    methods=(*SUPERVISED, *PREFERENCE, *DISTILLATION),
+    methods=(*SUPERVISED, *PREFERENCE, *DISTILLATION, "unknown"),
     needs=("eval_loss", "loss"),
     for_=1,
     keep=5,
@@ -50,6 +50,8 @@ def overfit(run: RunView, p: Params) -> Finding | Unknown | None:
 
     InstructGPT (arXiv 2203.02155); axolotl's documentation. 4 evaluations, 2 in a row and 1 % are *judgement*.
     """
+    if is_rl(run):
+        return None
     evals = run.window("eval_loss")
     if evals is None or len(evals) < p.evals:
         return Unknown(f"eval_loss: {len(evals) if evals is not None else 0} evaluations, {p.evals:.0f} needed")
@@ -145,8 +147,9 @@ def overfit(run: RunView, p: Params) -> Finding | Unknown | None:
 
 
 def _epoch_at(run: RunView, step: int) -> float | None:
-    """The epoch of a step, as logged at or before it."""
+    """The epoch of a step: as logged at or before it, else from the planned epochs and steps."""
     epochs = run.window("epoch")
-    if epochs is None or epochs.steps[0] > step:
-        return None
-    return float(epochs.values[epochs.steps <= step][-1])
+    if epochs is not None and epochs.steps[0] <= step:
+        return float(epochs.values[epochs.steps <= step][-1])
+    planned = run.number("num_train_epochs")
+    return step / run.total_steps * planned if planned and run.total_steps else None
