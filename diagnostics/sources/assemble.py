@@ -154,7 +154,8 @@ def _merge(rows: Sequence[Row], names: Sequence[str], family: Family, axis: str 
     seen: set[str] = set()
     dropped_rows = 0
     newest: int | None = None  # step of the newest training row in this segment
-    first_step = next((s for s in (_step_of(row.get(axis)) for row in rows) if s is not None), 0) if axis else 0
+    # where a row without a step belongs: to the row before
+    last = next((s for s in (_step_of(row.get(axis)) for row in rows) if s is not None), 0) if axis else 0
 
     headers = _headers(rows, axis) if axis is not None else 0
     account.text += sum(len(row) for row in rows[:headers])
@@ -199,7 +200,8 @@ def _merge(rows: Sequence[Row], names: Sequence[str], family: Family, axis: str 
         if not cells:
             continue
         if step is None:
-            step = newest if newest is not None else first_step
+            step = last
+        last = step
         training = not closing and any(not columns[raw].evaluation for raw in cells)
         point = at.get(step)
         reason = ""
