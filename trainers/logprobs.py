@@ -121,8 +121,8 @@ def label_scores(
         Scores of shape (B, T - 1), where position t scores token t + 1, and the model's output, whose logits are
         those of the last position only. Under prompt learning the shape is (B, T - 1 + P), for P virtual tokens.
     """
-    inner = model if unwrapped is None else unwrapped
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
+    inner: Any = model if unwrapped is None else unwrapped
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is not None and inner not in _HEAD_IS_NOT_ALL:
         with _WithheldHead(head) as withheld:
             output = model(**inputs)

@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 @dataclass
@@ -186,7 +186,7 @@ class DataCollatorForLanguageModeling:
     """
 
     pad_token_id: int
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: Any = None  # int or None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [torch.as_tensor(row["input_ids"]) for row in rows]
@@ -228,6 +228,11 @@ class SFTTrainer(Trainer):
         ValueError, TypeError: in one sentence, what is wrong with an argument or the data, and what to do.
     """
 
+    # transformers types these for every trainer there is.
+    model: Any
+    args: Any  # SFTConfig
+    _signature_columns: Any
+
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -263,14 +268,16 @@ class SFTTrainer(Trainer):
             )
         if isinstance(train_dataset, IterableDataset):
             # Batches of a stream differ in length, which Accelerate cannot dispatch from one process to the others.
-            args.accelerator_config.dispatch_batches = False
+            accelerator_config: Any = args.accelerator_config
+            accelerator_config.dispatch_batches = False
 
         # The model and its tokenizer. An adapter's weights are drawn at random, so the seed is set first.
         set_seed(args.seed)
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        model_init_kwargs: Any = args.model_init_kwargs
+        revision = (model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         model = load_model(
             model,
-            args.model_init_kwargs,
+            model_init_kwargs,
             trust_remote_code=args.trust_remote_code,
             quantization_config=quantization_config,
         )
@@ -296,10 +303,10 @@ class SFTTrainer(Trainer):
             raise ValueError(
                 "SFTTrainer trains text models only, but the train dataset has a column of images; remove it."
             )
-        self.completion_only_loss = args.completion_only_loss
-        if self.completion_only_loss is None:
-            self.completion_only_loss = "prompt" in row and "completion" in row
-        elif self.completion_only_loss and not {"prompt", "input_ids"} & {*row}:
+        self.completion_only_loss = (
+            {"prompt", "completion"} <= {*row} if args.completion_only_loss is None else args.completion_only_loss
+        )
+        if args.completion_only_loss and not {"prompt", "input_ids"} & {*row}:
             raise ValueError(
                 "`completion_only_loss=True` needs columns 'prompt' and 'completion', and the train dataset has "
                 f"{', '.join(map(repr, row))}; leave it unset."
@@ -316,7 +323,8 @@ class SFTTrainer(Trainer):
                 "`assistant_only_loss=False`."
             )
         self.recorder = Recorder()
-        self._skip_prepare_dataset = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+        dataset_kwargs: Any = args.dataset_kwargs
+        self._skip_prepare_dataset = bool((dataset_kwargs or {}).get("skip_prepare_dataset"))
         self._formatting_func = formatting_func
         own_collator = data_collator is None
         train_dataset, facts = self._prepare(train_dataset, "train", args, tokenizer, own_collator)

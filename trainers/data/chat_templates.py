@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ def tokenize_chat(
             "The dataset is conversational, but the tokenizer has no chat template; set `chat_template_path`, or use a "
             "model that was trained for chat."
         )
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template_kwargs)["input_ids"]
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template_kwargs)
+    return encoded["input_ids"]
 
 
 def tokenize_chat_with_assistant_mask(
@@ -47,6 +48,8 @@ def tokenize_chat_with_assistant_mask(
         ValueError: the template has no markers and rewrites earlier turns (e.g. removes their reasoning), or the
             tokenizer cannot tell which characters a token stands for.
     """
+    encoded: Any
+    text: Any
     if has_generation_markers(tokenizer):
         encoded = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **template_kwargs
@@ -84,9 +87,8 @@ def assistant_spans(
     """
 
     def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, **{**template_kwargs, "add_generation_prompt": add_generation_prompt}
-        )
+        kwargs: Any = {**template_kwargs, "add_generation_prompt": add_generation_prompt}
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **kwargs))
 
     eos = tokenizer.eos_token or ""
     spans = []
@@ -127,12 +129,14 @@ def trains_to_stop(tokenizer: PreTrainedTokenizerBase) -> bool:
     except (TemplateError, TypeError, ValueError):
         return False
     added = set(tokenizer.get_added_vocab().values())
-    written = [token for token, by_assistant in zip(ids, mask) if by_assistant and tokenizer.decode([token]).strip()]
+    written = [
+        token for token, by_assistant in zip(ids, mask) if by_assistant and str(tokenizer.decode([token])).strip()
+    ]
     return bool(written) and written[-1] in added
 
 
 def clone_chat_template(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, multiple_of: int = 64
+    model: Any, tokenizer: PreTrainedTokenizerBase, source: str, multiple_of: int = 64
 ) -> list[int]:
     """Give a model and its tokenizer the chat template, special tokens and EOS token of another tokenizer, in place.
 
@@ -140,6 +144,7 @@ def clone_chat_template(
     the rounding, so that both have the same size.
 
     Args:
+        model: a `PreTrainedModel` or `PeftModel`.
         source: path or hub name of the tokenizer to take them from.
 
     Returns:
@@ -156,17 +161,18 @@ def clone_chat_template(
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=multiple_of)
     names = [token.content for token in added]
-    size = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
     number = 0
     while len(tokenizer.get_vocab()) < size:
         name = f"<extra_id_{number}>"
         if tokenizer.add_tokens(AddedToken(name)):
             names.append(name)
         number += 1
-    return tokenizer.convert_tokens_to_ids(names)
+    return [tokenizer.get_vocab()[name] for name in names]
 
 
-def apply_chat_template_path(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
+def apply_chat_template_path(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
     """Set the chat template from a Jinja file (`.jinja`, `.j2`), or clone it from another tokenizer, in place.
 
     Returns:

@@ -242,7 +242,7 @@ def supervised_row(
     if end_tokens is not None:
         supervised = [label for label in labels if label != IGNORE_INDEX]
         # A newline that a template puts behind the end-of-turn token does not hide it.
-        last = next((label for label in reversed(supervised) if tokenizer.decode([label]).strip()), None)
+        last = next((label for label in reversed(supervised) if str(tokenizer.decode([label])).strip()), None)
         result[_STATS] = [length, len(supervised), int(last in end_tokens), int(mismatch)]
     return result
 
@@ -251,12 +251,12 @@ def _tokenized_already(
     row: Mapping[str, Any], index: int, how: SupervisedFormat, name: str
 ) -> tuple[list[int], list[int]]:
     ids = list(row["input_ids"])
-    columns = {"labels": row.get("labels")}
-    if columns["labels"] is None:
-        columns = {"assistant_masks": row.get("assistant_masks")}
+    given = {"labels": row.get("labels")}
+    if given["labels"] is None:
+        given = {"assistant_masks": row.get("assistant_masks")}
         if how.completion_only_loss:
-            columns["completion_mask"] = row.get("completion_mask")
-    columns = {column: list(values) for column, values in columns.items() if values is not None}
+            given["completion_mask"] = row.get("completion_mask")
+    columns = {column: list(values) for column, values in given.items() if values is not None}
     for column, values in columns.items():
         if len(values) != len(ids):
             raise ValueError(
@@ -265,7 +265,10 @@ def _tokenized_already(
             )
     if "labels" in columns:
         return ids, columns["labels"]
-    return ids, [token if all(bits) else IGNORE_INDEX for token, *bits in zip(ids, *columns.values())]
+    return ids, [
+        token if all(mask[position] for mask in columns.values()) else IGNORE_INDEX
+        for position, token in enumerate(ids)
+    ]
 
 
 def _prompt_completion(
@@ -273,10 +276,10 @@ def _prompt_completion(
 ) -> tuple[list[int], list[int], bool]:
     """Tokens, loss mask, and whether the prompt tokenizes differently once the completion follows."""
     if is_messages(row["prompt"]) or is_messages(row["completion"]):
-        prompt = check_messages(row["prompt"], name, index, "prompt")
-        completion = check_messages(row["completion"], name, index, "completion")
-        prompt_ids = tokenize_chat(tokenizer, prompt, add_generation_prompt=True, **_template_kwargs(row, index, name))
-        ids, mask = _conversation(prompt + completion, row, index, "completion", tokenizer, how, name)
+        asked = check_messages(row["prompt"], name, index, "prompt")
+        answered = check_messages(row["completion"], name, index, "completion")
+        prompt_ids = tokenize_chat(tokenizer, asked, add_generation_prompt=True, **_template_kwargs(row, index, name))
+        ids, mask = _conversation(asked + answered, row, index, "completion", tokenizer, how, name)
     else:
         prompt = check_text(row["prompt"], name, index, "prompt")
         completion = check_text(row["completion"], name, index, "completion")
