@@ -158,7 +158,7 @@ class GRPOConfig(OutspokenConfig):
         default="sum_then_normalize",
         metadata={"help": "'sum_then_normalize', or 'normalize_then_sum': each reward function on its own (GDPO)."},
     )
-    scale_rewards: str | bool = live_field(
+    scale_rewards: str = live_field(
         "group",
         "What advantages are divided by: the std of the 'group', of the 'batch', or 'none'. True is 'group', False "
         "'none'.",
@@ -207,7 +207,10 @@ class GRPOConfig(OutspokenConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        # Booleans are its older form.
+        self.scale_rewards = {"true": "group", "false": "none"}.get(
+            str(self.scale_rewards).lower(), self.scale_rewards
+        )
         if isinstance(self.pad_to_multiple_of, str):
             word = self.pad_to_multiple_of.lower()
             self.pad_to_multiple_of = None if word in ("auto", "none", "null") else int(word)
