@@ -103,9 +103,9 @@ def _assert_same(ours, theirs, names=("loss", "grad_norm", "entropy", "mean_toke
         pytest.param(TEXTS, {}, id="nll"),
         pytest.param(TEXTS, {"loss_type": "dft"}, id="dft"),
         pytest.param(PAIRS, {}, id="completion-only"),
-        pytest.param(PAIRS, {"completion_only_loss": False}, id="whole-sequence-of-pairs"),
+        pytest.param(PAIRS, {"completion_only_loss": False}, id="whole-sequence-of-pairs", marks=pytest.mark.slow),
         pytest.param(CHATS, {"assistant_only_loss": True}, id="assistant-only"),
-        pytest.param(CHAT_PAIRS, {"assistant_only_loss": True}, id="assistant-only-pairs"),
+        pytest.param(CHAT_PAIRS, {"assistant_only_loss": True}, id="assistant-only-pairs", marks=pytest.mark.slow),
         pytest.param(
             TEXTS, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}, id="uneven-accumulation"
         ),
@@ -114,15 +114,22 @@ def _assert_same(ours, theirs, names=("loss", "grad_norm", "entropy", "mean_toke
             {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "loss_type": "dft"},
             id="dft-accumulation",
         ),
-        pytest.param(TEXTS, {"label_smoothing_factor": 0.1}, id="label-smoothing"),
+        pytest.param(TEXTS, {"label_smoothing_factor": 0.1}, id="label-smoothing", marks=pytest.mark.slow),
         pytest.param(
             TEXTS, {"label_smoothing_factor": 0.3, "gradient_accumulation_steps": 2}, id="label-smoothing-accumulation"
         ),
-        pytest.param(TEXTS, {"gradient_checkpointing": False}, id="without-gradient-checkpointing"),
+        pytest.param(
+            TEXTS, {"gradient_checkpointing": False}, id="without-gradient-checkpointing", marks=pytest.mark.slow
+        ),
         pytest.param(TEXTS, {"max_length": 8, "pad_to_multiple_of": 16}, id="truncation-and-padding"),
-        pytest.param(TEXTS, {"shuffle_dataset": True, "seed": 7}, id="shuffled"),
+        pytest.param(TEXTS, {"shuffle_dataset": True, "seed": 7}, id="shuffled", marks=pytest.mark.slow),
         pytest.param(TEXTS, {"neftune_noise_alpha": 5.0, "logging_steps": 1}, id="neftune"),
-        pytest.param(TEXTS, {"weight_decay": 0.1, "warmup_steps": 2, "lr_scheduler_type": "cosine"}, id="scheduler"),
+        pytest.param(
+            TEXTS,
+            {"weight_decay": 0.1, "warmup_steps": 2, "lr_scheduler_type": "cosine"},
+            id="scheduler",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_training_equals_trl(run, rows, config):
@@ -133,7 +140,7 @@ def test_training_equals_trl(run, rows, config):
     "lora",
     [
         {"target_modules": ["q_proj", "v_proj"]},
-        {"target_modules": "all-linear", "use_dora": True},
+        pytest.param({"target_modules": "all-linear", "use_dora": True}, marks=pytest.mark.slow),
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ],
     ids=["lora", "dora", "lm-head-saved"],
@@ -162,7 +169,10 @@ def _tiny_mixtral(vocab_size):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [{"router_aux_loss_coef": 0.5}, {"router_aux_loss_coef": 0.0}, {}])
+@pytest.mark.parametrize(
+    "config",
+    [{"router_aux_loss_coef": 0.5}, pytest.param({"router_aux_loss_coef": 0.0}, marks=pytest.mark.slow), {}],
+)
 def test_mixture_of_experts_equals_trl(run, tiny_tokenizer, config):
     ours, theirs = run(
         TEXTS, model=lambda: _tiny_mixtral(len(tiny_tokenizer)), gradient_accumulation_steps=2, max_steps=2, **config
