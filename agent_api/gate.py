@@ -86,19 +86,20 @@ def gate(
         said = " and ".join(repr(word) for word in unknown) or "an empty list"
         return GateResult(2, [f"--fail-on does not know {said}; valid are {valid} and codes of rules"], run.id, state)
 
+    step = run.record.get("step")
     running = run.status == "running" and run.alive
     if running and not allow_running:
-        return GateResult(2, [f"the run still trains (step {run.step}); wait for its end"], run.id, state, notes)
+        return GateResult(2, [f"the run still trains (step {step}); wait for its end"], run.id, state, notes)
     bad = []
     if state in words:
         bad.append(f"verdict is {state}: {verdict.get('reason', '') if verdict else ''}".rstrip(": "))
     bad += _fired(transitions, words, unresolved_only)
     if run.status == "failed":
-        bad.append(f"the run failed with an exception at step {run.step}")
+        bad.append(f"the run failed with an exception at step {step}")
     open_questions = []
     if run.status == "interrupted" or (run.status == "running" and not running):
         how = "" if run.status == "interrupted" else "; it says it is running, but nothing trains any more"
-        open_questions.append(f"the run was interrupted at step {run.step}{how}")
+        open_questions.append(f"the run was interrupted at step {step}{how}")
     if state is None:
         open_questions.append("the run has no verdict")
     elif state in UNDECIDED and state not in words:
