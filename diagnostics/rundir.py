@@ -504,9 +504,10 @@ def read_request(path: str | Path) -> dict[str, Any]:
         if path.is_symlink():
             raise ValueError(f"{path.name} is a symbolic link, not a file") from None
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(f"{path.name} is no regular file")
     with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError(f"{path.name} is no regular file")
         data = file.read(MAX_REQUEST_BYTES + 1)
     if len(data) > MAX_REQUEST_BYTES:
         raise ValueError(f"{path.name} is larger than {MAX_REQUEST_BYTES} bytes")
@@ -565,5 +566,5 @@ def is_alive(run: Mapping[str, Any], now: float | None = None) -> bool:
     heartbeat, started, step = (as_number(run.get(key)) for key in ("heartbeat", "started", "step"))
     if heartbeat is None:
         return False
-    per_step = max(0.0, heartbeat - (started or heartbeat)) / max(1.0, step or 0.0)
+    per_step = max(0.0, heartbeat - (heartbeat if started is None else started)) / max(1.0, step or 0.0)
     return (time.time() if now is None else now) - heartbeat < max(MIN_SILENCE, SILENT_STEPS * per_step)
