@@ -66,7 +66,7 @@ class OutspokenConfig(TrainingArguments):
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "bf16 mixed precision. Unset: on where the accelerator supports it and fp16 is off."},
     )

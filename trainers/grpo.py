@@ -89,7 +89,7 @@ class GRPOConfig(OutspokenConfig):
     )
 
     # Data
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool | None = field(  # type: ignore[assignment]
         default=False, metadata={"help": "Drop all columns but `prompt`; reward functions then see no other column."}
     )
     num_generations: int = field(default=8, metadata={"help": "Completions sampled per prompt: the group size G."})
@@ -239,12 +239,13 @@ class GRPOConfig(OutspokenConfig):
             raise ValueError("use_liger_kernel is True, but GRPO computes its own loss; leave it False.")
 
     def _check_values(self) -> None:
-        for name, allowed in (
+        words: tuple[tuple[str, tuple[str, ...]], ...] = (
             ("loss_type", tuple(policy.POLICY_LOSSES)),
             ("scale_rewards", ("group", "batch", "none")),
             ("importance_sampling_level", ("token", "sequence")),
             ("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum")),
-        ):
+        )
+        for name, allowed in words:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
@@ -254,8 +255,8 @@ class GRPOConfig(OutspokenConfig):
                 continue
             low, high = bounds["minimum"], bounds["maximum"]
             if (low is not None and value < low) or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise ValueError(f"{name} is {value}; choose a value {allowed}.")
+                bound = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ValueError(f"{name} is {value}; choose a value {bound}.")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations is {self.num_iterations}; choose 1 or more.")
         if self.num_generations < 2:
@@ -349,6 +350,13 @@ class GRPOTrainer(Trainer):
         ValueError, TypeError: an argument is unusable; the message says what to change.
     """
 
+    # transformers types these for every trainer there is.
+    model: Any
+    args: Any  # GRPOConfig
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
     # `compute_loss` divides by the number of micro-batches itself.
     loss_is_scaled_for_ga = True
 
@@ -386,7 +394,8 @@ class GRPOTrainer(Trainer):
             _check_dataset(name, dataset)
         if any(isinstance(dataset, IterableDataset) for dataset in datasets.values()):
             # One process cannot hand a stream's rows to the others: they are no tensors.
-            args.accelerator_config.dispatch_batches = False
+            accelerator_config: Any = args.accelerator_config
+            accelerator_config.dispatch_batches = False
         if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
             logger.warning("dataloader_num_workers is set to 0: several workers would break up a stream's groups.")
             args.dataloader_num_workers = 0
@@ -394,8 +403,9 @@ class GRPOTrainer(Trainer):
         # Adapters are initialised at random, hence the seed before they are made.
         set_seed(args.seed)
         path = model if isinstance(model, str) else None
-        load = {
-            "model_init_kwargs": args.model_init_kwargs,
+        model_init_kwargs: Any = args.model_init_kwargs
+        load: dict[str, Any] = {
+            "model_init_kwargs": model_init_kwargs,
             "trust_remote_code": args.trust_remote_code,
             "quantization_config": quantization_config,
         }
@@ -404,7 +414,7 @@ class GRPOTrainer(Trainer):
         tokenizer = loading.load_tokenizer(
             model,
             processing_class,
-            revision=(args.model_init_kwargs or {}).get("revision"),
+            revision=(model_init_kwargs or {}).get("revision"),
             trust_remote_code=args.trust_remote_code,
             trainer="GRPOTrainer",
         )
@@ -412,7 +422,7 @@ class GRPOTrainer(Trainer):
         self.eos_token_ids = eos_token_ids(model, tokenizer)
 
         # The reference is the policy as it is now; an adapter's is reached by switching the adapter.
-        self.ref_model = None
+        self.ref_model: Any = None
         if args.beta != 0.0:
             if is_peft_model(model):
                 _add_reference_adapter(model)
@@ -496,8 +506,9 @@ class GRPOTrainer(Trainer):
                 f"`reward_processing_classes` has {len(tokenizers)} entries for {len(functions)} reward functions; give "
                 "one per function, None for those that are no models."
             )
-        self.reward_funcs: dict[str, Callable[..., Any] | nn.Module] = {}
+        self.reward_funcs: dict[str, Any] = {}  # functions, and models in evaluation mode
         self.reward_tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        function: Any
         for function, tokenizer in zip(functions, tokenizers):
             if isinstance(function, str):
                 function = loading.load_model(
@@ -628,8 +639,8 @@ class GRPOTrainer(Trainer):
         epochs, steps = divmod(self.state.global_step, math.ceil(per_epoch / accumulation))
         return epochs * per_epoch + steps * accumulation
 
-    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> RolloutBatch:
-        """The completions to take the loss on: sampled now, or what is left of the last generation batch."""
+    def _prepare_inputs(self, rows: Any) -> Any:
+        """The completions to take the loss on, a `RolloutBatch`: sampled now, or left of the last generation batch."""
         if self._mode == "eval":
             return self._sample_and_score(rows)
         steps = self.args.steps_per_generation
@@ -778,8 +789,9 @@ class GRPOTrainer(Trainer):
 
     def _token_scores(
         self, model: nn.Module, batch: RolloutBatch, want: tuple[str, ...] = (), entropy_grad: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(log-probabilities, entropies, load-balancing loss) of the completion tokens: (N, T), (N, T), scalar."""
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """(log-probabilities, entropies, load-balancing loss) of the completion tokens: (N, T), (N, T) if wanted,
+        scalar for mixtures of experts."""
         inner = self.accelerator.unwrap_model(model)
         ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
         mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
@@ -805,7 +817,7 @@ class GRPOTrainer(Trainer):
                 fp32_head=self.args.cast_lm_head_to_fp32,
             )
         entropy = None if scores.entropy is None else scores.entropy[:, -length:]
-        return scores.logps[:, -length:], entropy, output.aux_loss if with_aux_loss else None
+        return scores.logps[:, -length:], entropy, output["aux_loss"] if with_aux_loss else None
 
     def _logps_without_grad(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
         """Log-probabilities (N, T) under the model without dropout, a micro-batch at a time."""
@@ -836,10 +848,11 @@ class GRPOTrainer(Trainer):
 
     # The loss
 
-    def compute_loss(self, model, inputs: RolloutBatch, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("return_outputs is True, but GRPOTrainer has no outputs to return; leave it False.")
-        batch, args, mode = inputs, self.args, self._mode
+        batch: RolloutBatch = inputs
+        args, mode = self.args, self._mode
         mask, advantages = batch.completion_mask, batch.advantages.unsqueeze(1)
         epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
 
@@ -974,7 +987,7 @@ class GRPOTrainer(Trainer):
         self._log(mode, "clip_ratio/low_min", min(lows[~lows.isnan()].tolist(), default=math.nan))
         self._log(mode, "clip_ratio/high_max", max(highs[~highs.isnan()].tolist(), default=math.nan))
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         mode = self._mode
         prefix = "eval_" if mode == "eval" else ""
         for name, values in self._metrics[mode].items():
@@ -992,7 +1005,15 @@ class GRPOTrainer(Trainer):
         columns = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
         rewards = {name: list(values) for name, values in logs["rewards"].items()}
         extra = {name: list(map(_tabular, values)) for name, values in logs["extra"].items()}
-        print_completions(*columns.values(), rewards, extra, step, self.args.num_completions_to_print)
+        print_completions(
+            columns["prompt"],
+            columns["completion"],
+            columns["advantages"],
+            rewards,
+            extra,
+            step,
+            self.args.num_completions_to_print,
+        )
         table = pd.DataFrame(
             {
                 "step": [step] * len(columns["prompt"]),
@@ -1037,7 +1058,11 @@ class GRPOTrainer(Trainer):
         done = torch.tensor(gather_object(finished))
         n = len(completion_ids)
         groups = [completion_ids[start : start + group] for start in range(0, n, group)]
-        record, count = self.recorder.set, self.recorder.count
+        count = self.recorder.count
+
+        def record(name: str, value: Tensor | float) -> None:
+            self.recorder.set(name, float(value))
+
         record("num_completions", n)
         record("num_prompts", len(groups))
         record("prompts/p95_length", torch.quantile(prompt_lengths, 0.95))
@@ -1074,7 +1099,7 @@ class GRPOTrainer(Trainer):
 _RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
-def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _identity(rows: Any) -> Any:
     return rows
 
 
@@ -1104,7 +1129,7 @@ def _unused(name: str, taken: dict[str, Any]) -> str:
     return unused
 
 
-def _takes_position_ids(model: nn.Module) -> bool:
+def _takes_position_ids(model: Any) -> bool:
     if is_peft_model(model):
         if model.active_peft_config.is_prompt_learning:
             return False
@@ -1130,7 +1155,7 @@ def _disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _cast_head_to_fp32(model: "PreTrainedModel | PeftModel") -> None:
+def _cast_head_to_fp32(model: Any) -> None:
     """Put the output head in float32 and feed it float32 (ScaleRL, arXiv 2510.13786)."""
     base = model.get_base_model() if is_peft_model(model) else model
     head = base.get_output_embeddings()
@@ -1146,7 +1171,7 @@ def _cast_head_to_fp32(model: "PreTrainedModel | PeftModel") -> None:
         base.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
-def _add_reference_adapter(model: "PeftModel") -> None:
+def _add_reference_adapter(model: Any) -> None:
     """Keep a frozen copy of the adapter the run starts from, named "ref"."""
     active = model.active_adapter
     model.add_adapter("ref", model.peft_config[active])

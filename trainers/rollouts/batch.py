@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class RolloutBatch:
 
     def select(self, index: Tensor | slice) -> "RolloutBatch":
         """The rows at `index`; what belongs to the whole generation batch stays as it is."""
-        rows = {
+        rows: dict[str, Any] = {
             f.name: value[index]
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor) and value.ndim > 0
