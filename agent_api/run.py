@@ -221,6 +221,19 @@ class Run:
         Raises:
             RequestRefused: the trainer would refuse it, or there is none.
         """
+        request = self.plan(change, actor=actor, expect=expect, rollback_on_failure=rollback_on_failure)
+        self._send(request)
+        return str(request["id"])
+
+    def plan(
+        self,
+        change: Mapping[str, Any] | Sequence[Mapping[str, Any]] | str,
+        *,
+        actor: str,
+        expect: Mapping[str, Any] | None = None,
+        rollback_on_failure: bool = True,
+    ) -> dict[str, Any]:
+        """The request that `apply` would send, checked as `apply` checks it. Nothing is sent."""
         suggestion = self._suggestion(change)
         if suggestion is not None:
             patch = self._patch_of(suggestion)
@@ -250,8 +263,7 @@ class Run:
             schemas.validate(request)
         except schemas.InvalidRecord as error:
             raise RequestRefused(str(error)) from None
-        self._send(request)
-        return str(request["id"])
+        return request
 
     def _suggestion(self, change: Any) -> dict[str, Any] | None:
         """The suggestion that `change` is or names; None if it is something else."""

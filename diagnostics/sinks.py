@@ -13,10 +13,12 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from outspoken.diagnostics import signals as signal_table
-from outspoken.diagnostics.engine import Transition
+
+if TYPE_CHECKING:  # the engine loads numpy, which who only reads a run does not need
+    from outspoken.diagnostics.engine import Transition
 
 MAX_SHOWN = 1000  # characters of one text within a line
 MAX_METRICS = 500  # signals that become OpenTelemetry metrics
@@ -39,7 +41,7 @@ _VERDICT_COLOURS = {
 class Sink(Protocol):
     """What a sink does. Records are those of docs/architecture.md."""
 
-    def transition(self, transition: Transition) -> None: ...
+    def transition(self, transition: "Transition") -> None: ...
 
     def change(self, record: Mapping[str, Any]) -> None: ...
 
@@ -96,6 +98,8 @@ def transition_line(record: Mapping[str, Any], still: bool = False) -> str:
     if state in ("suppressed", "unknown"):
         word = {"suppressed": "explained by another diagnostic", "unknown": "can no longer be judged"}[state]
         said = f"({word}) {said}"
+    elif state == "pending":
+        said = f"(not for long enough to be sure) {said}"
     elif still:
         said = f"(still) {said}"
     return f"{str(record.get('severity', 'info')).upper()} {code} step {step}: {said}"
@@ -140,7 +144,7 @@ class ConsoleSink:
         self._colour = colour
         self._state = "warming_up"
 
-    def transition(self, transition: Transition) -> None:
+    def transition(self, transition: "Transition") -> None:
         if not transition.shown:
             return
         record = transition.record
@@ -235,7 +239,7 @@ class JsonSink:
         )
         self._state = ""
 
-    def transition(self, transition: Transition) -> None:
+    def transition(self, transition: "Transition") -> None:
         record = transition.record
         level = str(record.get("severity")) if record.get("state") == "firing" else "info"
         say = getattr(self._log, level if level in _SEVERITY_NUMBER else "info")
@@ -338,7 +342,7 @@ class OtelSink:
             self._meter_provider = MeterProvider([metric_reader], resource=resource, shutdown_on_exit=False)
             self._meter = self._meter_provider.get_meter("outspoken")
 
-    def transition(self, transition: Transition) -> None:
+    def transition(self, transition: "Transition") -> None:
         record = transition.record
         severity = str(record.get("severity")) if record.get("state") == "firing" else "info"
         keys = ("code", "name", "severity", "state", "confidence", "category", "step", "first_step", "fired_step")
@@ -482,7 +486,7 @@ class Guarded:
         self._report = report or _report_on_stderr
         self._reported = False
 
-    def transition(self, transition: Transition) -> None:
+    def transition(self, transition: "Transition") -> None:
         self._call(lambda: self.sink.transition(transition))
 
     def change(self, record: Mapping[str, Any]) -> None:

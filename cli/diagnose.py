@@ -1,0 +1,134 @@
+"""`outspoken diagnose`: what is wrong with a run, after the fact."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outspoken.cli.common import (
+    BAD,
+    BAD_VERDICTS,
+    FINE,
+    CommandError,
+    JsonFlag,
+    console,
+    is_bad,
+    print_json,
+    say,
+    severity_style,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def diagnose(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A run directory, a trainer_state.json, or metrics as JSON lines or CSV."),
+    ],
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The run's settings (YAML or JSON), where PATH lacks them.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="grpo, sft, dpo …; otherwise told from the metrics.")] = None,
+    format: Annotated[str | None, typer.Option(help="The format of PATH, where its content does not tell.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="CODE.NAME=NUMBER", help="Another threshold, like RL016.limit=0.3.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(metavar="CODE", help="Switch a rule off.")] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Judge a run directory anew, instead of telling what its run recorded.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Say what is wrong with a finished run, or with anybody's log of one.
+
+    Exits with 1 if the run is bad: its verdict is broken, collapsing, over_optimising or stalled_no_signal, or an
+    error fired; with 2 if PATH cannot be read.
+    """
+    from outspoken.diagnostics.diagnose import diagnose as report_on
+
+    try:
+        report = report_on(
+            path,
+            config=config,
+            method=method,
+            format=format,
+            params=_parameters(param or []),
+            ignore=ignore or (),
+            replay=replay,
+        )
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from None
+    if json:
+        print_json(report)
+    else:
+        print_report(report)
+    raise typer.Exit(BAD if is_bad(report["verdict"], report["diagnostics"]) else FINE)
+
+
+def _parameters(given: list[str]) -> dict[str, dict[str, float]]:
+    params: dict[str, dict[str, float]] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        code, _, parameter = name.partition(".")
+        try:
+            params.setdefault(code, {})[parameter] = float(value)
+        except ValueError:
+            raise CommandError(f"--param {text!r} must look like RL016.limit=0.3.") from None
+    return params
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The report for people: verdict, one line per diagnostic, and what could not be checked."""
+    from outspoken.diagnostics.sinks import escaped, transition_line
+
+    out = console()
+    source = report["source"]
+    steps = f"steps {source['first_step']} to {source['last_step']}"
+    say(
+        out,
+        f"{escaped(source['path'])}: {source['format']}, {source['rows']} rows, {steps}, method {report['method']}",
+    )
+    for text in source["notes"]:
+        say(out, f"  note: {escaped(text)}", "dim")
+    out.print()
+    _print_verdict(out, report["verdict"])
+    out.print()
+    for record in report["diagnostics"]:
+        line = transition_line(record)
+        if record.get("state") == "resolved":
+            line += f" It was: {escaped(record.get('message', ''))}"
+        say(out, line, severity_style(record))
+    if not report["diagnostics"]:
+        say(out, "No diagnostic fired.")
+    else:
+        say(out, f"Details: outspoken explain {report['diagnostics'][0]['code']}", "dim")
+    reasons: dict[str, list[str]] = {}
+    for missing in report["not_checked"]:
+        reasons.setdefault(str(missing["reason"]), []).append(str(missing["code"]))
+    if reasons:
+        say(out, "\nNot checked:")
+        for reason, codes in reasons.items():
+            say(out, f"  {', '.join(codes)}: {escaped(reason)}", "dim")
+    for text in report["notes"]:
+        say(out, f"note: {escaped(text)}", "dim")
+
+
+def _print_verdict(out: "Console", verdict: Mapping[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from outspoken.diagnostics.sinks import escaped
+
+    state = str(verdict.get("state"))
+    style = "bold red" if state in BAD_VERDICTS else "bold green" if state in ("improving", "converged") else "bold"
+    table = Table.grid(padding=(0, 2))
+    since = f", since step {verdict['since_step']}" if verdict.get("since_step") else ""
+    table.add_row("verdict", Text.assemble((state, style), f" ({verdict.get('confidence')}{since})"))
+    table.add_row("because", Text(escaped(verdict.get("reason", ""))))
+    if verdict.get("runner_up"):
+        table.add_row("otherwise", Text(str(verdict["runner_up"])))
+    if verdict.get("would_change"):
+        table.add_row("changes if", Text(escaped(verdict["would_change"])))
+    out.print(table)

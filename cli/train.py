@@ -1,0 +1,90 @@
+"""`outspoken sft` and `outspoken grpo`: train from a YAML file and fields on the command line."""
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outspoken.cli.common import BAD, FINE, console, print_json
+
+if TYPE_CHECKING:
+    from outspoken.cli.settings import Fields
+
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of settings; see docs/cli.md.")
+]
+FieldsOption = Annotated[bool, typer.Option("--fields", help="List all settings with their defaults, and stop.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document at the end, nothing else.")]
+
+
+def sft(
+    context: typer.Context, config: ConfigOption = None, fields: FieldsOption = False, json: JsonOption = False
+) -> None:
+    """Supervised fine-tuning: `outspoken sft --config run.yaml --learning_rate 1e-5`.
+
+    Every setting of SFTConfig, and the model's, the dataset's and the adapter's, is a line of the YAML file or an
+    option `--field value`; the option wins. `--fields` lists them.
+    """
+    _train("sft", context, config, fields, json)
+
+
+def grpo(
+    context: typer.Context, config: ConfigOption = None, fields: FieldsOption = False, json: JsonOption = False
+) -> None:
+    """Group-relative policy optimisation: `outspoken grpo --config run.yaml --reward_funcs rewards.py:score`.
+
+    Every setting of GRPOConfig, and the model's, the dataset's, the rewards' and the adapter's, is a line of the YAML
+    file or an option `--field value`; the option wins. `--fields` lists them.
+    """
+    _train("grpo", context, config, fields, json)
+
+
+def _train(method: str, context: typer.Context, config: str | None, list_fields: bool, json: bool) -> None:
+    from outspoken.cli import training
+
+    if list_fields:
+        _print_fields(training.fields_of(method), json)
+        return
+    # What trainers print must not mix with the one document that a program reads.
+    quiet = contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext()
+    with quiet:
+        result = training.train(method, config, context.args)
+    if not result.pop("main_process"):
+        return
+    if json:
+        print_json(result)
+    else:
+        _print_result(result)
+    raise typer.Exit(BAD if (result["verdict"] or {}).get("state") == "broken" else FINE)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    from outspoken.diagnostics.sinks import verdict_line
+
+    print(f"[outspoken] trained {result['steps']} steps; the model is in {result['output_dir']}")
+    if result["verdict"] is not None:
+        print(f"[outspoken] {verdict_line(result['verdict'])}")
+    if result["run_dir"] is not None:
+        print(f"[outspoken] more: outspoken diagnose {result['run_dir']}")
+
+
+def _print_fields(fields: "Fields", json: bool) -> None:
+    rows = fields.table()
+    if json:
+        print_json(rows)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("field", "default"):
+        table.add_column(title, no_wrap=True)
+    for title in ("takes", "help"):
+        table.add_column(title)
+    for row in rows:
+        live = " Can change while it trains." if row["live"] else ""
+        takes = row["takes"] if len(row["takes"]) <= 60 else row["takes"][:59] + "…"
+        name = Text(row["name"], "bold" if row["live"] else "")
+        table.add_row(name, Text(str(row["default"])[:24]), Text(takes), Text(row["help"] + live))
+    console().print(table)
