@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outspoken.cli.common import BAD, FINE, CommandError, JsonFlag, RunPath, note, print_json
+from outspoken.cli.common import BAD, FINE, CommandError, JsonFlag, RunPath, note, print_json, show
 
 if TYPE_CHECKING:
     from outspoken.agent_api.run import Run
@@ -77,7 +77,6 @@ def _list(run: "Run", json: bool) -> None:
         return
     from rich.table import Table
 
-    from outspoken.cli.common import console
     from outspoken.diagnostics.sinks import escaped
 
     if not suggestions:
@@ -91,7 +90,7 @@ def _list(run: "Run", json: bool) -> None:
     for suggestion in suggestions:
         cells = (suggestion.get(key) for key in ("id", "code", "title", "when", "risk"))
         table.add_row(*(Text(escaped(cell, 200)) for cell in cells))
-    console().print(table)
+    show(table)
 
 
 def _suggestion(run: "Run", name: str) -> Any:

@@ -1,13 +1,12 @@
 """What the commands share: how they end, and how they print for people and for programs."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 # Exit codes
 FINE, BAD, CANNOT_JUDGE = 0, 1, 2
@@ -37,17 +36,42 @@ def note(text: str) -> None:
     sys.stderr.write(f"[outspoken] note: {text}\n")
 
 
-def console() -> "Console":
-    """Standard output. What is no terminal gets wide lines, which other programs can search."""
+@contextlib.contextmanager
+def clean_stdout() -> Iterator[None]:
+    """What is printed inside, by child processes too, goes to standard error: a program reads standard output."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def show(*renderables: Any, width: int = 240) -> None:
+    """Print what rich renders. What is no terminal gets lines of at most `width`, without padding at their ends."""
     from rich.console import Console
 
-    out = Console(highlight=False, soft_wrap=False)
-    return out if out.is_terminal else Console(highlight=False, width=240)
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out = Console(highlight=False, width=width)
+    with out.capture() as captured:
+        for renderable in renderables:
+            out.print(renderable)
+    text = captured.get()
+    if not out.is_terminal:
+        text = "".join(line.rstrip() + "\n" for line in text.splitlines())
+    sys.stdout.write(text)
 
 
-def say(out: "Console", text: str, style: str = "") -> None:
-    """Print a line as it is: no markup, and no wrapping where it is not a terminal."""
-    out.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+def say(text: str = "", style: str = "") -> None:
+    """Print one line: no markup, no wrapping, in colour on a terminal."""
+    from rich.console import Console
+
+    Console(highlight=False).print(text, style=style or None, markup=False, soft_wrap=True)
 
 
 SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "cyan"}

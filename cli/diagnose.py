@@ -1,7 +1,7 @@
 """`outspoken diagnose`: what is wrong with a run, after the fact."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,15 +11,12 @@ from outspoken.cli.common import (
     FINE,
     CommandError,
     JsonFlag,
-    console,
     is_bad,
     print_json,
     say,
     severity_style,
+    show,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def diagnose(
@@ -83,39 +80,37 @@ def print_report(report: Mapping[str, Any]) -> None:
     """The report for people: verdict, one line per diagnostic, and what could not be checked."""
     from outspoken.diagnostics.sinks import escaped, transition_line
 
-    out = console()
     source = report["source"]
     steps = f"steps {source['first_step']} to {source['last_step']}"
     say(
-        out,
         f"{escaped(source['path'])}: {source['format']}, {source['rows']} rows, {steps}, method {report['method']}",
     )
     for text in source["notes"]:
-        say(out, f"  note: {escaped(text)}", "dim")
-    out.print()
-    _print_verdict(out, report["verdict"])
-    out.print()
+        say(f"  note: {escaped(text)}", "dim")
+    say()
+    _print_verdict(report["verdict"])
+    say()
     for record in report["diagnostics"]:
         line = transition_line(record)
         if record.get("state") == "resolved":
             line += f" It was: {escaped(record.get('message', ''))}"
-        say(out, line, severity_style(record))
+        say(line, severity_style(record))
     if not report["diagnostics"]:
-        say(out, "No diagnostic fired.")
+        say("No diagnostic fired.")
     else:
-        say(out, f"Details: outspoken explain {report['diagnostics'][0]['code']}", "dim")
+        say(f"Details: outspoken explain {report['diagnostics'][0]['code']}", "dim")
     reasons: dict[str, list[str]] = {}
     for missing in report["not_checked"]:
         reasons.setdefault(str(missing["reason"]), []).append(str(missing["code"]))
     if reasons:
-        say(out, "\nNot checked:")
+        say("\nNot checked:")
         for reason, codes in reasons.items():
-            say(out, f"  {', '.join(codes)}: {escaped(reason)}", "dim")
+            say(f"  {', '.join(codes)}: {escaped(reason)}", "dim")
     for text in report["notes"]:
-        say(out, f"note: {escaped(text)}", "dim")
+        say(f"note: {escaped(text)}", "dim")
 
 
-def _print_verdict(out: "Console", verdict: Mapping[str, Any]) -> None:
+def _print_verdict(verdict: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -131,4 +126,4 @@ def _print_verdict(out: "Console", verdict: Mapping[str, Any]) -> None:
         table.add_row("otherwise", Text(str(verdict["runner_up"])))
     if verdict.get("would_change"):
         table.add_row("changes if", Text(escaped(verdict["would_change"])))
-    out.print(table)
+    show(table)

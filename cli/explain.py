@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outspoken.cli.common import SEVERITY_STYLES, CommandError, JsonFlag, console, print_json
+from outspoken.cli.common import SEVERITY_STYLES, CommandError, JsonFlag, print_json, show
 
 if TYPE_CHECKING:
     from outspoken.diagnostics.rules.registry import Rule
@@ -58,18 +58,16 @@ def _print_rule(rule: "Rule") -> None:
 
     from outspoken.cli.rules import short_methods
 
-    out = console()
     title = Text.assemble(
         (rule.code, "bold"), f" {rule.name}  ", (rule.severity, SEVERITY_STYLES[rule.severity]), "  methods: "
     )
-    out.print(title.append(short_methods(rule.methods)))
+    lines: list[Any] = [title.append(short_methods(rule.methods))]
     if rule.needs:
-        out.print(Text(f"needs: {', '.join(rule.needs)}", "dim"))
+        lines.append(Text(f"needs: {', '.join(rule.needs)}", "dim"))
     if rule.params:
         values = ", ".join(f"{name}={value:g}" for name, value in rule.params.items())
-        out.print(Text(f"parameters: {values}", "dim"))
-    out.print()
-    out.print(Markdown(rule.page))
+        lines.append(Text(f"parameters: {values}", "dim"))
+    show(*lines, Text(), Markdown(rule.page), width=110)
 
 
 def _print_signal(record: dict[str, Any]) -> None:

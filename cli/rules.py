@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outspoken.cli.common import SEVERITY_STYLES, CommandError, JsonFlag, console, print_json
+from outspoken.cli.common import SEVERITY_STYLES, CommandError, JsonFlag, print_json, show
 
 if TYPE_CHECKING:
     from outspoken.diagnostics.rules.registry import Rule
@@ -38,7 +38,7 @@ def rules(
             short_methods(rule.methods),
             Text(rule.summary.replace("`", "")),
         )
-    console().print(table)
+    show(table)
 
 
 def rule_record(rule: "Rule") -> dict[str, Any]:

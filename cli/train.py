@@ -1,12 +1,11 @@
 """`outspoken sft` and `outspoken grpo`: train from a YAML file and fields on the command line."""
 
 import contextlib
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outspoken.cli.common import BAD, FINE, console, print_json
+from outspoken.cli.common import BAD, FINE, clean_stdout, print_json, show
 
 if TYPE_CHECKING:
     from outspoken.cli.settings import Fields
@@ -47,8 +46,7 @@ def _train(method: str, context: typer.Context, config: str | None, list_fields:
         _print_fields(training.fields_of(method), json)
         return
     # What trainers print must not mix with the one document that a program reads.
-    quiet = contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext()
-    with quiet:
+    with clean_stdout() if json else contextlib.nullcontext():
         result = training.train(method, config, context.args)
     if not result.pop("main_process"):
         return
@@ -87,4 +85,4 @@ def _print_fields(fields: "Fields", json: bool) -> None:
         takes = row["takes"] if len(row["takes"]) <= 60 else row["takes"][:59] + "…"
         name = Text(row["name"], "bold" if row["live"] else "")
         table.add_row(name, Text(str(row["default"])[:24]), Text(takes), Text(row["help"] + live))
-    console().print(table)
+    show(table)
