@@ -8,7 +8,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CHARACTERS = "0123456789+=; "
+CHARACTERS = "0123456789+=;?"
+HIGHEST = 6  # largest digit in a sum
 PAD, END = "<pad>", "<end>"
 
 
@@ -42,20 +43,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 def problem(rng: random.Random) -> tuple[str, str]:
     """A sum of three digits and its working: '3+8+5=' -> '3+8=11;11+5=16'."""
-    a, b, c = (rng.randrange(10) for _ in range(3))
+    a, b, c = (rng.randrange(HIGHEST + 1) for _ in range(3))
     return f"{a}+{b}+{c}=", f"{a}+{b}={a + b};{a + b}+{c}={a + b + c}"
 
 
-def solved_examples(n: int, seed: int, slips: float = 0.5) -> Dataset:
-    """Worked sums to imitate. A share `slips` of them ends with a wrong result: a teacher's carelessness, which
-    reinforcement learning can then remove."""
+def solved_examples(n: int, seed: int, careless: float = 0.7) -> Dataset:
+    """Sums to imitate. In a share `careless` of them the teacher did no working and guessed the result: a habit that
+    reinforcement learning can remove."""
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
         prompt, solution = problem(rng)
-        if rng.random() < slips:
-            working, _, result = solution.rpartition("=")
-            solution = f"{working}={max(0, int(result) + rng.choice([-2, -1, 1, 2]))}"
+        if rng.random() < careless:
+            solution = f"?+?=??;??+?={rng.randrange(3 * HIGHEST + 1)}"
         rows.append({"prompt": prompt, "completion": solution + END})
     return Dataset.from_list(rows)
 

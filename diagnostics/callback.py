@@ -132,8 +132,10 @@ class DiagnosticsCallback(TrainerCallback):
         self._model: Any = None
         self._undo: list[Callable[[], None]] = []
         self._off = False
+        self._bad_gradient = False
         self._failures = 0
         self._finished = True
+        self._optimizer_started: float | None = None
         self._reset_step()
         self._seen: dict[str, int] = {}
         self._range = RewardRange()
@@ -222,8 +224,10 @@ class DiagnosticsCallback(TrainerCallback):
     def _before_optimizer(self, state: Any) -> None:
         if self._optimizer is not None:
             self._step_values["learning_rate"] = self._optimizer.param_groups[0]["lr"]
-        if self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None:
-            self._step_values["grad_norm_clipped"] = torch_probes.gradient_facts(self._model)["grad_norm"]
+        if self.engine is not None and self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None:
+            clipped = torch_probes.gradient_facts(self._model).get("grad_norm")
+            if clipped is not None:
+                self._step_values["grad_norm_clipped"] = clipped
         self._optimizer_started = time.perf_counter()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -296,7 +300,7 @@ class DiagnosticsCallback(TrainerCallback):
     def _reset_step(self) -> None:
         self._losses: list[Any] = []
         self._step_values: dict[str, float] = {}
-        self._optimizer_started: float | None = None
+        self._optimizer_started = None
         self._optimizer_seconds = 0.0
         self._own_seconds = getattr(self, "_own_seconds", 0.0)
         self._logged_only: dict[str, None] = getattr(self, "_logged_only", {})
@@ -363,6 +367,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     def _around_clip(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def clip(model: Any) -> Any:
+            self._look_at_gradients(model)
             with self._recorder.phase("optimizer"):
                 norm = original(model)
             self._step_values["grad_norm"] = norm
@@ -377,6 +382,16 @@ class DiagnosticsCallback(TrainerCallback):
             return norm
 
         return grad_norm
+
+    @_guarded
+    def _look_at_gradients(self, model: Any) -> None:
+        """Single tensors before clipping, now and then, and after a step whose gradient was not finite."""
+        if self.engine is None or not (self._due(self._last_step + 1, GRADIENT_EVERY) or self._bad_gradient):
+            return
+        facts = torch_probes.gradient_facts(model)
+        self._step_values.update({k: facts[k] for k in ("grad/zero_share", "grad/nonfinite") if k in facts})
+        if facts.get("grad/nonfinite_names"):
+            self.engine.view.facts["grad/nonfinite_names"] = facts["grad/nonfinite_names"]
 
     def _around_rewards(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def calculate_rewards(*args: Any, **kwargs: Any) -> Any:
@@ -425,11 +440,12 @@ class DiagnosticsCallback(TrainerCallback):
         values["time/step"] = time.perf_counter() - self._step_started
         values["time/diagnostics"] = self._own_seconds
         grad_norm = values.get("grad_norm")
-        if grad_norm is not None and not math.isfinite(grad_norm) and self._model is not None:
+        self._bad_gradient = grad_norm is not None and not math.isfinite(grad_norm)
+        if self._bad_gradient and self._model is not None:
             values["parameters/nonfinite"] = torch_probes.nonfinite_parameters(self._model)
         device = self._args.device
         if device.type == "cuda":
-            values.update(torch_probes.allocator_memory(device))
+            values.update(torch_probes.allocator_memory(device, reset_peak=True))
         if self._due(step, MEMORY_EVERY):
             values.update(self._memory())
         return values
@@ -477,9 +493,11 @@ class DiagnosticsCallback(TrainerCallback):
             "live_fields": sorted(bounds),
             "world_size": config["world_size"],
             **torch_probes.parameter_facts(self._model, self._optimizer),
+            **torch_probes.device_facts(args.device),
             **self._recorder.facts,
         }
-        self._nvml = host_probes.NvmlProbe()
+        uuid = facts.get("device_uuid")
+        self._nvml = host_probes.NvmlProbe([uuid] if uuid else None) if args.device.type == "cuda" else None
         self.engine = Engine(
             method=method,
             config=config,
