@@ -137,13 +137,17 @@ def _configs(run: LoggedRun, directory: Path, given: Mapping[str, Any]) -> dict[
         if record.get("state") not in ("applied", "rolled_back") or not isinstance(fields, dict):
             continue
         if isinstance(segment, int):
-            back = {name: v.get("old") for name, v in fields.items() if isinstance(v, dict)}
+            # a rollback set back to "old" what its change had set to "new"
+            before = "old" if record["state"] == "applied" else "new"
+            back = {name: v.get(before) for name, v in fields.items() if isinstance(v, dict)}
             steps[segment] = {**back, **steps.get(segment, {})}
     config = dict(run.config)
     configs: dict[int, dict[str, Any]] = {}
-    for number in range(len(run.segments) - 1, -1, -1):
-        configs[run.segments[number].first] = {**config, **given}
-        config = {**config, **steps.get(run.segment_numbers[number], {})}
+    firsts = dict(zip(run.segment_numbers, (segment.first for segment in run.segments)))
+    for number in sorted({*steps, *firsts}, reverse=True):
+        if number in firsts:
+            configs[firsts[number]] = {**config, **given}
+        config = {**config, **steps.get(number, {})}
     return configs
 
 

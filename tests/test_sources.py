@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources import UnreadableLog, read
+from outspoken.diagnostics.sources.trials import denominator, least_trials
 
 
 @pytest.fixture
@@ -506,6 +507,61 @@ def test_the_method_is_told_from_the_signals(write, row, method):
     path = write([{"step": 1, **row}])
     assert read(path).method == method
     assert read(path, method="cpo").method == "cpo"
+
+
+# ---------------------------------------------------------------------- trials behind a share
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.8125, 16),  # 13/16
+        (1.0, 1),
+        (0.0, 1),
+        (0.8999999761581421, 10),  # 9/10 as a float32
+        (1 / 3, 3),
+        (0.3333, None),  # 1/3 as it was printed: no fraction with a small denominator is that near
+        (math.pi / 4, None),
+    ],
+)
+def test_a_share_tells_how_many_trials_it_needs(share, expected):
+    assert denominator(share) == expected
+
+
+def test_least_trials_of_a_run():
+    assert least_trials([12 / 80, 8 / 80, 5 / 80, 33 / 80, 7 / 80, 9 / 80, 1.0]) == 80
+    assert least_trials([0.25, 0.5, 1.0, 0.75]) == 1  # too few points need 4
+    assert least_trials([k / 7 for k in range(1, 7)] + [k / 11 for k in range(1, 11)]) == 1  # no common denominator
+    assert least_trials([1.0] * 50) == 1
+
+
+def test_shares_without_their_counts_get_a_lower_bound(write):
+    rows = [{"step": k, "reward": 0.1, "reward_std": 0.1, "completions/clipped_ratio": k / 32} for k in range(1, 20)]
+    run = read(write(rows))
+    assert {o.signals["completions/clipped_ratio#n"] for o in run.observations} == {32.0}
+    assert any("at least 32" in n for n in run.notes) and run.account.balanced
+    # not where the log or the settings count them
+    counted = read(write([{**row, "num_completions": 64} for row in rows]))
+    assert not any(name.endswith("#n") for o in counted.observations for name in o.signals)
+    known = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}
+    assert not any(n.endswith("#n") for o in read(write(rows), config=known).observations for n in o.signals)
+    # a group has two completions at least
+    all_cut = read(write([{**row, "completions/clipped_ratio": 1.0} for row in rows]))
+    assert all_cut.observations[0].signals["completions/clipped_ratio#n"] == 2.0
+
+
+def test_the_range_of_verl_rewards(write):
+    rows = [(0.3, 0.5, 0.1), (0.2, 1.0, 0.1), (0.4, 0.9, -0.5)]
+    data = [
+        {"critic/score/mean": m, "critic/score/max": a, "critic/score/min": i, "actor/pg_loss": 0} for m, a, i in rows
+    ]
+    run = read(write([{"step": i, **row} for i, row in enumerate(data)]))
+    assert values(run, "rewards/max_seen") == [0.5, 1.0, 1.0]
+    assert values(run, "rewards/min_seen") == [0.1, 0.1, -0.5]
+    assert values(run, "rewards/range") == pytest.approx([0.4, 0.9, 1.5])
+    without = read(write([{k: v for k, v in {"step": i, **r}.items() if "min" not in k} for i, r in enumerate(data)]))
+    assert values(without, "rewards/range") == pytest.approx([0.2, 0.8, 0.8])  # from the smallest mean: a lower bound
+    assert "rewards/min_seen" not in without.signals and without.account.balanced
 
 
 # ---------------------------------------------------------------------- settings

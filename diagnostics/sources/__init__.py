@@ -14,6 +14,7 @@ from typing import Any
 
 from outspoken.diagnostics import rundir
 from outspoken.diagnostics.records import Observation
+from outspoken.diagnostics.rules.registry import GROUPED_RL, ONLINE_RL
 from outspoken.diagnostics.sources import own
 from outspoken.diagnostics.sources.assemble import Account, Segment, assemble
 from outspoken.diagnostics.sources.config import (
@@ -27,6 +28,7 @@ from outspoken.diagnostics.sources.files import FORMATS, RawLog, Row, Unreadable
 from outspoken.diagnostics.sources.llama_factory import LLAMA_FACTORY
 from outspoken.diagnostics.sources.names import Column, Family, choose_family
 from outspoken.diagnostics.sources.tinker import TINKER
+from outspoken.diagnostics.sources.trials import add_least_trials
 from outspoken.diagnostics.sources.trl import TRL
 from outspoken.diagnostics.sources.verl import VERL
 
@@ -90,7 +92,7 @@ class LoggedRun:
     def signals(self) -> list[str]:
         """Our names of the signals that were read, in order of appearance."""
         names = (n for o in self.observations for n in (*o.signals, *o.nonfinite, *o.unreadable))
-        return list(dict.fromkeys(names))
+        return [name for name in dict.fromkeys(names) if not name.endswith("#n")]
 
 
 def read(
@@ -135,6 +137,8 @@ def read(
     settings = {**config_of_state(raw.extra), **given}
     names = {n for o in made.observations for n in (*o.signals, *o.nonfinite)}
     guessed, reason = infer_method(names, made.observations)
+    if family.complete is not None:
+        family.complete(made.observations)
     notes = [*raw.notes, *made.notes, *_beside(path)]
     if method is None:
         notes.append(f"Taken for {guessed}: {reason}.")
@@ -161,13 +165,18 @@ def read(
 
 
 def _complete(run: LoggedRun) -> None:
-    """Settings that follow from others."""
+    """What follows from the settings and the signals together."""
     if "points_per_log" not in run.config:
         points = points_per_log(run.config)
         if points is not None:
             run.config["points_per_log"] = points
     if run.step_axis == "row number":
         run.total_steps = None  # planned steps are not rows
+    if run.method in ONLINE_RL:
+        batch = run.config.get("per_device_train_batch_size")
+        floor = max(2 if run.method in GROUPED_RL else 1, batch if isinstance(batch, int) else 1)
+        for name, bound in add_least_trials(run.observations, run.config, floor).items():
+            run.notes.append(f"How many trials a point of {name} stands for is not logged: at least {bound}.")
 
 
 def _find_log(directory: Path) -> Path:

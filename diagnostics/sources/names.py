@@ -4,12 +4,12 @@ Each family of trainers has one small module with its table of names. A name tha
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from outspoken.diagnostics import signals
-from outspoken.diagnostics.records import MAX_TEXT
+from outspoken.diagnostics.records import MAX_TEXT, Observation
 
 Kind = Literal["step", "epoch", "time", "clock", "signal", "summary"]
 
@@ -34,6 +34,7 @@ class Family:
         clocks: names that count time or progress and are no metric.
         known: its own metrics that have no name in our table and need no mention.
         derived: our name -> how it follows from others.
+        complete: adds to the observations what follows from several of them.
         null_is_nan: its writer turns NaN into null.
     """
 
@@ -45,6 +46,7 @@ class Family:
     clocks: frozenset[str] = frozenset()
     known: tuple[str, ...] = ()
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    complete: Callable[[Sequence[Observation]], None] | None = None
     null_is_nan: bool = False
 
 

@@ -4,9 +4,41 @@
 `response_length/clip_ratio` counts responses as long as the cap. Its writer (orjson) turns NaN into null.
 """
 
+from collections.abc import Sequence
+
+from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources.names import Family
 
 _PHASES = {"gen": "generate", "reward": "score", "testing": "eval", "save_checkpoint": "save", "step": "step"}
+
+
+def rewards_seen(observations: Sequence[Observation]) -> None:
+    """The largest and smallest reward so far, and how far they lie apart.
+
+    Where the smallest is not logged, the smallest mean stands in for the range: it is then a lower bound.
+    """
+    highest = lowest = smallest_mean = None
+    for observation in observations:
+        seen = observation.signals
+        top, bottom, mean = (seen.get(f"critic/score/{what}") for what in ("max", "min", "mean"))
+        mean = seen.get("reward", mean)
+        if top is not None:
+            highest = top if highest is None else max(highest, top)
+        if bottom is not None:
+            lowest = bottom if lowest is None else min(lowest, bottom)
+        if mean is not None:
+            smallest_mean = mean if smallest_mean is None else min(smallest_mean, mean)
+        if highest is None or mean is None:
+            continue
+        added = {"rewards/max_seen": highest}
+        if lowest is not None:
+            added["rewards/min_seen"] = lowest
+        floor = lowest if lowest is not None else smallest_mean
+        if floor is not None:
+            added["rewards/range"] = highest - floor
+        for name, value in added.items():
+            seen.setdefault(name, value)  # type: ignore[attr-defined]
+
 
 VERL = Family(
     "verl",
@@ -58,5 +90,6 @@ VERL = Family(
         "training/",
         "num_turns/",
     ),
+    complete=rewards_seen,
     null_is_nan=True,
 )
