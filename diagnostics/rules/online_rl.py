@@ -20,274 +20,36 @@ from outspoken.diagnostics.records import (
     Unknown,
 )
 from outspoken.diagnostics.rules.fixes import advise, consider, listed, round_up, scale_field, set_field
+from outspoken.diagnostics.rules.reading import (
+    HINT,
+    REWARD,
+    SIGNIFICANT,
+    DeadGroups,
+    Flat,
+    Progress,
+    dead_groups,
+    flat_reward,
+    held_out_unchecked,
+    median_evidence,
+    over,
+    pool,
+    reference,
+    reward_progress,
+    reward_range,
+    scaling,
+    span,
+    steps_for,
+    trend_evidence,
+    trials_known,
+    uncounted,
+)
 from outspoken.diagnostics.rules.registry import GROUPED_RL, ONLINE_RL, Params, rule
 from outspoken.diagnostics.view import CAPACITY, Array, PooledWindow, RunView
 
 SILENCED_BY = ("NUM001", "NUM002")  # a NaN explains whatever else looks wrong
-SIGNIFICANT = 3.5  # |T| of a two-window comparison, and |z| of a trend, that counts as a change
-HINT = 2.0  # a |T| that is no proof, but enough to hold back an alarm about a reward that does not move
-REWARD = "reward"
-NEWEST = 128  # points looked at first when pooling; more only if they hold too few trials
-
-
-# ------------------------------------------------------------------------------------------ pooled shares
-
-
-def pool(
-    run: RunView, name: str, min_n: float, *, min_steps: int = 1, values: Array | None = None
-) -> PooledWindow | Unknown:
-    """A share pooled over the newest steps until `min_n` trials and `min_steps` steps are in.
-
-    `values` replaces the signal's own newest values by a combination of shares, as long and with the same trials.
-    Where the number of trials is not known (a log without its config), each step counts as one trial: there is at
-    least one, so the evidence is understated, never overstated.
-    """
-    points = NEWEST if values is None else len(values)
-    window = run.window(name, points)
-    if window is None:
-        return Unknown(f"{name} is not measured")
-    shares = window.values if values is None else values
-    points = len(shares)
-    trials = run.trials(name, points)
-    if trials is None:
-        trials = np.ones(points)
-    total = np.cumsum(trials[::-1])
-    enough = int(total.searchsorted(min_n)) + 1
-    take = max(enough, min_steps)
-    if take > points:
-        if values is None and points == NEWEST and run.rings[name].size > NEWEST:
-            return pool(run, name, min_n, min_steps=min_steps, values=run.rings[name].window(CAPACITY)[1])
-        have = f"{total[-1]:.0f} of {min_n:.0f}" if enough > points else f"{points} of {min_steps} steps"
-        return Unknown(f"too little data for {name} so far: {have}")
-    hits = float(shares[-take:] @ trials[-take:])
-    n = round(float(total[take - 1]))
-    return PooledWindow(name, min(round(hits), n), n, (int(window.steps[-take]), int(window.steps[-1])))
-
-
-def trials_known(run: RunView, name: str) -> bool:
-    return run.trials(name, 1) is not None
-
-
-def over(run: RunView, pooled: PooledWindow, unit: str) -> str:
-    """ "the last 512 completions", or the steps where the number of completions a step is not known."""
-    if trials_known(run, pooled.name):
-        return f"the last {pooled.n} {unit}"
-    return f"{unit} of the last {pooled.n} logged steps"
-
-
-def uncounted(run: RunView, name: str, unit: str) -> tuple[str, ...]:
-    return () if trials_known(run, name) else (f"how many {unit} a step holds is not known: each step counted as one",)
-
-
-def steps_for(run: RunView, name: str, trials: float, least: int = 10) -> int:
-    """Steps in which about so many trials of a share come in; `least` if that cannot be known."""
-    per_step = run.trials(name, 1)
-    return max(least, math.ceil(trials / float(per_step[0]))) if per_step is not None and per_step[0] > 0 else 50
-
-
-# ----------------------------------------------------------------------------------------- how rewards move
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The reward's newest 25 points against the 25 before, and 50 against 50 where there are as many.
-
-    `state` is "up" (significant), "rising" (a hint of it), "down", "flat" (a change as large as `share` of the reward
-    range would have shown) or "unclear" (too noisy or too short to say).
-    """
-
-    state: str
-    two: stats.TwoWindow | None
-    t: float
-
-    def evidence(self, run: RunView) -> tuple[Evidence, ...]:
-        if self.two is None:
-            return ()
-        window = run.window(REWARD, self.two.n1 + self.two.n2)
-        assert window is not None
-        return (window.evidence("two_window_t", self.two.t, threshold=SIGNIFICANT),)
-
-    @property
-    def words(self) -> str:
-        if self.two is None:
-            return "too few rewards to compare"
-        return f"reward {self.two.mean1:.3g} -> {self.two.mean2:.3g} over {self.two.n1} + {self.two.n2} steps"
-
-
-def reward_progress(run: RunView, share: float = 0.10) -> Progress:
-    """How the reward moves now. A held-out reward that rises counts as "up" too."""
-    short, long = run.two(REWARD, 25), run.two(REWARD, 50)
-    both = [w for w in (short, long) if w is not None]
-    if not both:
-        return Progress("unclear", None, 0.0)
-    highest = max(both, key=lambda w: w.t)
-    lowest = min(both, key=lambda w: w.t)
-    if highest.t > SIGNIFICANT or held_out_rises(run):
-        return Progress("up", highest, highest.t)
-    if short is not None and short.t < -SIGNIFICANT:
-        return Progress("down", short, short.t)
-    if highest.t > HINT:
-        return Progress("rising", highest, highest.t)
-    if lowest.t < -SIGNIFICANT:
-        return Progress("down", lowest, lowest.t)
-    finest = min(both, key=lambda w: w.mde)
-    spread = reward_range(run)
-    flat = spread is not None and finest.mde <= share * spread
-    return Progress("flat" if flat else "unclear", finest, finest.t)
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A reward that did not move over 4 * `width` steps: `newest` compares the last two windows, `halves` all."""
-
-    width: int
-    newest: stats.TwoWindow
-    halves: stats.TwoWindow
-    level: float
-    spread: float
-
-
-def flat_reward(run: RunView, share: float, flat_t: float) -> Flat | Unknown | None:
-    """Whether the reward was flat where a change of `share` of its range would have shown; None if it moved.
-
-    Of 25, 50, 100 and 128 points the shortest window whose minimum detectable effect is small enough is taken. Over
-    four of them neighbours must not differ significantly, and the later two must differ from the earlier two by less
-    than the margin, with 95 % confidence, and |T| < `flat_t`.
-    """
-    window, spread = run.window(REWARD), reward_range(run)
-    if window is None or len(window) < 100:
-        return Unknown("a flat reward takes at least 100 steps in this segment to show")
-    if spread is None:
-        return Unknown("the range of the reward is not known: neither rewards/range nor reward_std is measured")
-    margin = share * spread
-    width, newest = _window_for(window.values, margin)
-    if newest is None:
-        return Unknown("too few rewards to compare")
-    if newest.mde > margin:
-        need = math.ceil(width * (newest.mde / margin) ** 2)
-        return Unknown(
-            f"insufficient evidence: between two windows of {width} steps only a change of {newest.mde:.2g} would show, "
-            f"{newest.mde / spread:.0%} of the reward range (needed: {share:.0%}); windows of {need} steps would do"
-        )
-    if len(window) < 4 * width:
-        return Unknown(f"a flat reward takes 4 windows of {width} steps to show: {len(window)} of {4 * width} so far")
-    values = window.values[-4 * width :]
-    for i in (0, width, 2 * width):
-        two = stats.two_window(values[i : i + width], values[i + width : i + 2 * width])
-        if two is None or abs(two.t) >= SIGNIFICANT:
-            return None
-    halves = stats.two_window(values[: 2 * width], values[2 * width :])
-    if halves is None or abs(halves.t) >= flat_t or abs(halves.diff) + 2 * halves.se > margin:
-        return None
-    return Flat(width, newest, halves, float(values[-width:].mean()), spread)
-
-
-def _window_for(values: Array, margin: float) -> tuple[int, stats.TwoWindow | None]:
-    """The shortest window of 25, 50, 100, 128 that would show a change of `margin`; the longest possible if none."""
-    width, two = 25, None
-    for size in (25, 50, 100, 128):
-        if len(values) < 2 * size:
-            break
-        width, two = size, stats.two_window(values[-2 * size : -size], values[-size:])
-        if two is not None and two.mde <= margin:
-            break
-    return width, two
-
-
-def held_out_rises(run: RunView) -> bool:
-    """Whether the reward on held-out prompts rises: the later half of at least six evaluations above the earlier."""
-    window = run.window("eval_reward", min_n=6)
-    if window is None:
-        return False
-    half = len(window) // 2
-    two = stats.two_window(window.values[:half], window.values[-half:])
-    return two is not None and two.t > HINT
-
-
-def reward_range(run: RunView) -> float | None:
-    """Largest minus smallest reward of the run; where it is not measured, a lower bound of it: a standard deviation is
-    at most half the range (Popoviciu). None if neither can be known."""
-    width = run.last("rewards/range")
-    if width is not None:
-        return width if width > 0 else None
-    window = run.window("reward_std", 100, min_n=20)
-    if window is None:
-        return None
-    bound = 2 * stats.median(window.values)
-    return bound if bound > 0 else None
-
-
-def reference(run: RunView, name: str) -> float | None:
-    """What a signal is compared with: its median at points 3 to 22 of the segment; None until they are there.
-
-    A finding that already stands is compared with the beginning of the run: a change of the configuration must not
-    make the damage the new normal.
-    """
-    if run.is_firing:
-        first = run.first(name, 22)
-        return stats.median(first[2:]) if len(first) == 22 else None
-    base = run.base(name)
-    return None if base is None else base.median
-
-
-def scaling(run: RunView) -> str | None:
-    """`scale_rewards` as "group", "batch" or "none" (TRL once wrote it True or False); None if not known."""
-    value = run.config.get("scale_rewards")
-    if isinstance(value, bool):
-        return "group" if value else "none"
-    return value if value in ("group", "batch", "none") else None
 
 
 # ------------------------------------------------------------------------------ groups that teach nothing
-
-
-@dataclass(frozen=True)
-class DeadGroups:
-    """Share of groups without an advantage at each of the newest points, and why."""
-
-    name: str  # the signal that stands for it
-    shares: Array
-    why: str
-
-
-def dead_groups(run: RunView) -> DeadGroups | Unknown:
-    """Groups that the loss learns nothing from, by the meaning of `scale_rewards`.
-
-    group: the share of the advantage that the normalisation s/(s + 1e-4) does not keep; ties keep nothing.
-    batch, none: ties, and groups whose spread is below 2 % of the reward range.
-    """
-    zero = run.window("groups/zero_std", NEWEST)
-    if zero is not None:
-        extra, n = scaling(run), len(zero)
-        if extra == "group":
-            kept = run.window("groups/attenuation", n, min_n=n)
-            if kept is not None and float(np.mean(1 - kept.values - zero.values)) > 0.05:
-                why = "had so small a spread of rewards that normalisation (std + 1e-4) left no advantage"
-                return DeadGroups(zero.name, np.maximum(1 - kept.values, zero.values), why)
-        elif extra in ("batch", "none"):
-            tiny = run.window("groups/tiny_std", n, min_n=n)
-            if tiny is not None and float(np.mean(tiny.values)) > 0.05:
-                why = (
-                    f"had rewards equal or within 2% of the reward range, which scale_rewards='{extra}' leaves next "
-                    "to no advantage"
-                )
-                return DeadGroups(zero.name, np.minimum(zero.values + tiny.values, 1.0), why)
-        return DeadGroups(zero.name, zero.values, "had equal rewards, so no advantage")
-    return _logged_dead_groups(run)
-
-
-def _logged_dead_groups(run: RunView) -> DeadGroups | Unknown:
-    name = "frac_reward_zero_std"
-    if signal_table.impossible(name, run.method, run.config):
-        return Unknown(
-            f"{name} speaks of the batch, not the groups, under this configuration; groups/zero_std is needed"
-        )
-    window = run.window(name, NEWEST)
-    if window is None:
-        return Unknown(f"neither groups/zero_std nor {name} is measured")
-    if run.method == "rloo" and run.config.get("beta") != 0:
-        return Unknown(f"{name} is blind in RLOO with beta > 0: the KL term is taken from the rewards first")
-    return DeadGroups(name, window.values, "had equal rewards, so no advantage")
 
 
 def composition(run: RunView, pooled: PooledWindow) -> dict[str, float]:
@@ -892,7 +654,7 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
         return Unknown("entropy has fewer than 22 points in this segment")
     if start <= 0:
         return Unknown(f"entropy began at {start:.3g}, which is no entropy in nats")
-    evidence = [Evidence("entropy", "median", now, 10, _span(run, "entropy", 10), start, p.fall * start, "below")]
+    evidence = [median_evidence(run, "entropy", now, start, p.fall * start, "below")]
     if run.is_firing:
         if now > p.clear * start:
             return None
@@ -904,9 +666,7 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
             if trend is None:
                 return Unknown("entropy has fewer than 50 points in this segment")
             slow = trend.z < -p.trend_z
-            evidence.append(
-                Evidence("entropy", "trend_z", trend.z, 50, _span(run, "entropy", 50), None, -p.trend_z, "below")
-            )
+            evidence.append(trend_evidence(run, "entropy", trend.z, -p.trend_z))
         elif now < p.fast_fall * start:
             window = run.window("entropy", 25, min_n=25)
             if window is not None:
@@ -934,7 +694,7 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
         suggestions=suggestions,
         severity=severity,
         impact="without different answers there is nothing to choose from",
-        not_checked=() if run.has("eval_reward") else ("reward on held-out prompts: not measured",),
+        not_checked=held_out_unchecked(run),
     )
 
 
@@ -945,11 +705,8 @@ def _variety_lost(run: RunView, p: Params) -> list[Evidence] | Unknown:
     if repeated is not None and start is not None:
         measured = True
         if repeated > p.duplicates and repeated > p.duplicates_rise * start.median:
-            span = _span(run, "completions/duplicate_share", 10)
             found.append(
-                Evidence(
-                    "completions/duplicate_share", "median", repeated, 10, span, start.median, p.duplicates, "above"
-                )
+                median_evidence(run, "completions/duplicate_share", repeated, start.median, p.duplicates, "above")
             )
     tied = dead_groups(run)
     if isinstance(tied, DeadGroups) and len(tied.shares) >= 50:
@@ -961,7 +718,7 @@ def _variety_lost(run: RunView, p: Params) -> list[Evidence] | Unknown:
         two = stats.two_window(shares[:25], shares[25:])
         if two is not None and two.t > SIGNIFICANT:
             found.append(
-                Evidence(tied.name, "two_window_t", two.t, 50, _span(run, tied.name, 50), None, SIGNIFICANT, "above")
+                Evidence(tied.name, "two_window_t", two.t, 50, span(run, tied.name, 50), None, SIGNIFICANT, "above")
             )
     if not measured:
         return Unknown(
@@ -1063,16 +820,14 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     reward = reward_progress(run) if now > p.clear * lowest else None
     if reward is None:
         return None
-    evidence = [Evidence("entropy", "median", now, 10, _span(run, "entropy", 10), lowest, p.rise * lowest, "above")]
+    evidence = [median_evidence(run, "entropy", now, lowest, p.rise * lowest, "above")]
     if not run.is_firing:
         if now <= p.rise * lowest or now - lowest < p.min_rise:
             return None
         trend = run.trend("entropy", 50)
         if trend is None or trend.z <= p.trend_z:
             return None
-        evidence.append(
-            Evidence("entropy", "trend_z", trend.z, 50, _span(run, "entropy", 50), None, p.trend_z, "above")
-        )
+        evidence.append(trend_evidence(run, "entropy", trend.z, p.trend_z))
         second = _unstable(run, p, reward)
         if not second:
             return None
@@ -1234,14 +989,14 @@ def kl_drift(run: RunView, p: Params) -> RuleResult:
         message=f"KL to the reference {moved}{against}; {reward.words}.",
         advice=consider(stronger),
         evidence=[
-            Evidence("kl", "median", now / per_token, 10, _span(run, "kl", 10), before, p.high / per_token, "above"),
+            median_evidence(run, "kl", now / per_token, before, p.high / per_token, "above"),
             *reward.evidence(run),
         ],
         suggestions=suggestions,
         severity="error" if now > p.error else "warning",
         confidence="high" if reward.state == "down" else "medium",
         impact="the policy changes in ways the reward does not ask for",
-        not_checked=() if run.has("eval_reward") else ("reward on held-out prompts: not measured",),
+        not_checked=held_out_unchecked(run),
     )
 
 
@@ -1348,17 +1103,7 @@ def clip_fraction_high(run: RunView, p: Params) -> RuleResult:
     return Finding(
         message=f"{now:.0%} of {unit} hit the clipping bound of the ratio (median of 10 steps, {bound}).",
         advice=consider(suggestions[0]),
-        evidence=[
-            Evidence(
-                "clip_ratio/region_mean",
-                "median",
-                now,
-                10,
-                _span(run, "clip_ratio/region_mean", 10),
-                threshold=limit,
-                direction="above",
-            )
-        ],
+        evidence=[median_evidence(run, "clip_ratio/region_mean", now, None, limit, "above")],
         suggestions=suggestions,
         severity="error" if now > error else "warning",
         confidence="medium" if level is not None or run.method == "rloo" else "low",
@@ -1444,18 +1189,7 @@ def length_explosion(run: RunView, p: Params) -> RuleResult:
         elif (clipped is not None and clipped > p.clipped) or reward.state in ("flat", "down"):
             severity = "warning"
     suggestions = _shorter(run, now, clipped or 0.0)
-    evidence = [
-        Evidence(
-            "completions/mean_length",
-            "median",
-            now,
-            10,
-            _span(run, "completions/mean_length", 10),
-            start,
-            p.rise * start,
-            "above",
-        )
-    ]
+    evidence = [median_evidence(run, "completions/mean_length", now, start, p.rise * start, "above")]
     if clipped_window is not None:
         evidence.append(clipped_window.evidence("mean", clipped, threshold=p.clipped, direction="above"))
     cut = "" if clipped is None else f", {clipped:.0%} are cut"
@@ -1469,7 +1203,7 @@ def length_explosion(run: RunView, p: Params) -> RuleResult:
         severity=severity,
         confidence="medium" if reward.state != "unclear" else "low",
         impact="length costs time and memory, and ends in truncation",
-        not_checked=() if run.has("eval_reward") else ("reward on held-out prompts: not measured",),
+        not_checked=held_out_unchecked(run),
     )
 
 
@@ -1588,8 +1322,7 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
         spread = reward_range(run) or 0.0
         harmless = cut_reward >= whole_reward - 0.05 * spread
         paid = f" They score {cut_reward:.3g}, the others {whole_reward:.3g}."
-        span = _span(run, "completions/truncated_reward", 10)
-        evidence.append(Evidence("completions/truncated_reward", "median", cut_reward, 10, span, whole_reward))
+        evidence.append(median_evidence(run, "completions/truncated_reward", cut_reward, whole_reward))
     grown = length_growth(run, p.growth, p.min_growth)
     without_reward = grown is not None and reward_progress(run).state not in ("up", "rising")
     looping = _ends_early(run, p, pooled, cap)
@@ -1769,14 +1502,14 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
         return Unknown(f"{name} has fewer than 22 points in this segment")
     if now >= (p.clear if run.is_firing else p.fall) * start:
         return None
-    evidence = [Evidence(name, "median", now, 10, _span(run, name, 10), start, p.fall * start, "below")]
+    evidence = [median_evidence(run, name, now, start, p.fall * start, "below")]
     if not run.is_firing:
         trend = run.trend(name, 50, log=True)
         if trend is None:
             return Unknown(f"{name} has fewer than 50 points in this segment")
         if trend.z >= -p.trend_z:
             return None
-        evidence.append(Evidence(name, "trend_z", trend.z, 50, _span(run, name, 50), None, -p.trend_z, "below"))
+        evidence.append(trend_evidence(run, name, trend.z, -p.trend_z))
     reward = reward_progress(run)
     if reward.state in ("up", "rising"):
         return None
@@ -1808,7 +1541,7 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
         severity="info" if unsure else "warning",
         confidence="low" if unsure else "medium",
         impact="answers without reasoning",
-        not_checked=() if run.has("eval_reward") else ("reward on held-out prompts: not measured",),
+        not_checked=held_out_unchecked(run),
     )
 
 
@@ -2005,7 +1738,7 @@ def plateau(run: RunView, p: Params) -> RuleResult:
         suggestions=suggestions,
         confidence="medium" if run.has("rewards/range") else "low",
         impact="the run goes on without gaining anything",
-        not_checked=() if run.has("eval_reward") else ("reward on held-out prompts: not measured",),
+        not_checked=held_out_unchecked(run),
     )
 
 
@@ -2088,17 +1821,17 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
     if now >= best:
         return None
     spread = reward_range(run)
-    if spread is None:
-        return Unknown("the range of the reward is not known: neither rewards/range nor reward_std is measured")
-    if best - now < p.min_share * spread and not run.is_firing:
+    gain, drop = best - initial, best - now
+    if spread is not None and drop < p.min_share * spread and not run.is_firing:
         return None
     fast = stats.two_window(values[-50:-25], values[-25:])
     slow = _against_best(values)
     if fast is None or not (run.is_firing or fast.t < -p.t or (slow is not None and slow.t < -p.slow_t)):
         return None
-    gain, drop = best - initial, best - now
-    gained = gain > p.gain_errors * fast.se and gain >= p.min_share * spread
-    scale, share = (gain, p.share_of_gain) if gained else (spread, p.share_of_range)
+    gained = gain > p.gain_errors * fast.se and gain >= p.min_share * (spread or 0.0)
+    if not gained and spread is None:
+        return Unknown("the reward fell, but neither its range nor a gain is known to compare the fall with")
+    scale, share = (gain, p.share_of_gain) if gained else (spread or 0.0, p.share_of_range)
     if run.is_firing:
         if drop <= (p.clear if gained else p.share_of_range / 2) * scale:
             return None
@@ -2115,7 +1848,7 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
         preconditions=(f"a checkpoint from about step {best_step}", "what moved first is fixed"),
         expect=Expectation(REWARD, "above", float(f"{best - 0.1 * scale:.3g}"), 100, min_n=25),
     )
-    of_what = f"{drop / gain:.0%} of what it had gained" if gained else f"{drop / spread:.0%} of its range"
+    of_what = f"{drop / scale:.0%} of " + ("what it had gained" if gained else "its range")
     first = f" First to move: {moved[0].signal} at step {moved[0].window[0]}." if moved else ""
     t, statistic = (fast.t, "two_window_t") if fast.t < -p.t or slow is None else (slow.t, "two_window_t_against_best")
     return Finding(
@@ -2125,7 +1858,7 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
         + _from_to(fix)
         + (f", after looking at {moved[0].signal}." if moved else "."),
         evidence=[
-            Evidence(REWARD, statistic, t, 50, _span(run, REWARD, 50), best, -p.t, "below"),
+            Evidence(REWARD, statistic, t, 50, span(run, REWARD, 50), best, -p.t, "below"),
             *moved,
         ],
         suggestions=(fix,),
@@ -2133,8 +1866,7 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
         onset_step=_onset(window.steps, values, best, now),
         impact="what was learned is being lost",
         causes=tuple(firing),
-        not_checked=("whether prompts or reward changed: not measured",)
-        + (() if run.has("eval_reward") else ("reward on held-out prompts: not measured",)),
+        not_checked=("whether prompts or reward changed: not measured", *held_out_unchecked(run)),
     )
 
 
@@ -2191,8 +1923,3 @@ def _moved_before(run: RunView) -> list[Evidence]:
 
 def _from_to(suggestion: Suggestion) -> str:
     return suggestion.title.partition(" ")[2]
-
-
-def _span(run: RunView, name: str, n: int) -> tuple[int, int]:
-    window = run.window(name, n)
-    return (run.step, run.step) if window is None else window.span
