@@ -144,7 +144,7 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
             assert ours.keys() == theirs.keys()
             for name in theirs:
                 torch.testing.assert_close(
-                    ours[name], theirs[name], atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+                    ours[name], theirs[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
                 )
         assert max(gradient.abs().max() for step in expected_tape.steps for gradient in step.values()) > 1e-4
 
@@ -154,7 +154,7 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
             names -= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
             assert names <= ours.keys()
             for name in names:
-                assert ours[name] == pytest.approx(theirs[name], abs=atol, rel=1e-4), name
+                assert ours[name] == pytest.approx(theirs[name], abs=atol, rel=1e-5), name
         return actual
 
     return same
