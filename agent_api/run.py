@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from outspoken import schemas
 from outspoken.diagnostics import rundir
 from outspoken.diagnostics.patches import PatchRefused, check_patch
-from outspoken.diagnostics.records import SEVERITIES, Observation, change_field
+from outspoken.diagnostics.records import SEVERITIES, as_number, change_field
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -463,15 +463,18 @@ def _urgent_first(firing: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _values(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl, non-finite ones restored."""
-    signals = record.get("signals")
-    read = Observation.from_raw(0, signals if isinstance(signals, Mapping) else {})
-    nonfinite = record.get("nonfinite")
-    named = {**read.nonfinite, **(nonfinite if isinstance(nonfinite, Mapping) else {})}
-    restored = {name: _NONFINITE[word] for name, word in named.items() if word in _NONFINITE}
-    order = [name for name in signals if name in read.signals or name in restored] if signals else []
-    values = {**read.signals, **restored}
-    return {name: values[name] for name in dict.fromkeys([*order, *restored])}
+    """The numbers of a line of metrics.jsonl, non-finite ones restored, in their order there."""
+    signals, nonfinite = record.get("signals"), record.get("nonfinite")
+    words = nonfinite if isinstance(nonfinite, Mapping) else {}
+    values: dict[str, float] = {}
+    for name, value in signals.items() if isinstance(signals, Mapping) else ():
+        number = value if type(value) is float else as_number(_NONFINITE.get(str(words.get(name)), value))
+        if number is not None:
+            values[name] = number
+    for name, word in words.items():
+        if name not in values and str(word) in _NONFINITE:
+            values[name] = _NONFINITE[str(word)]
+    return values
 
 
 def _seen(records: Sequence[dict[str, Any]], wanted: Iterable[str]) -> tuple[dict[str, Any] | None, str]:

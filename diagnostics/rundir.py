@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from outspoken import schemas
-from outspoken.diagnostics.records import MAX_TEXT, Observation, as_number
+from outspoken.diagnostics.records import MAX_TEXT, Expectation, Observation, as_number
 
 RUN, VERDICT = "run.json", "verdict.json"
 METRICS, DIAGNOSTICS, CHANGES = "metrics.jsonl", "diagnostics.jsonl", "changes.jsonl"
@@ -517,6 +517,8 @@ def read_request(path: str | Path) -> dict[str, Any]:
     schemas.validate(record, "request")
     if record["id"] != path.name.removesuffix(".json"):
         raise ValueError(f"{path.name} holds the request {record['id']!r}; file and request must have one id")
+    if record["expect"] is not None:
+        record["expect"].setdefault("min_n", Expectation.min_n)
     return record
 
 

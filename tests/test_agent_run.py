@@ -393,7 +393,7 @@ def test_apply_by_field_by_patch_and_by_name(run, writer):
     requests = inbox(writer)
     assert [r["id"] for r in requests] == ids  # names sort by time
     assert requests[0]["patch"] == change_field("learning_rate", 1e-5, 5e-6) + change_field("beta", 0, 0.04)
-    assert requests[0]["expect"] == expect and requests[0]["suggestion"] is None
+    assert requests[0]["expect"] == {**expect, "min_n": 5} and requests[0]["suggestion"] is None
     assert requests[0]["rollback_on_failure"] is True
     assert requests[2]["suggestion"] == "RL016.1"
     assert requests[3]["patch"][1] == {"op": "replace", "path": "/a~1b~0c", "value": 2.0}

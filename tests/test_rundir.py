@@ -489,6 +489,13 @@ def test_requests_come_oldest_first_until_done(directory):
     assert not (directory.control / "20260102-b.json").exists()
 
 
+def test_an_expectation_without_min_n_gets_the_usual_one(directory):
+    expect = {"signal": "kl", "direction": "below", "value": 0.1, "within_steps": 20}
+    put(directory, "a.json", a_request("a", expect=expect))
+    put(directory, "b.json", a_request("b", expect={**expect, "min_n": 64}))
+    assert [r["expect"] for r in directory.requests()] == [{**expect, "min_n": 5}, {**expect, "min_n": 64}]
+
+
 def test_a_request_is_not_done_twice_after_a_crash(tmp_path):
     directory = RunDirectory(tmp_path)
     for name in ("applied", "asked", "new"):
