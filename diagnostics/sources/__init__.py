@@ -128,7 +128,7 @@ def read(
     if own.is_record(raw.rows[0]):
         return _own_run(path, raw, card, given, method)
 
-    family = choose_family((name for row in raw.rows for name in row), FAMILIES) or OTHER
+    family = choose_family(dict.fromkeys(name for row in raw.rows for name in row), FAMILIES) or OTHER
     if not raw.wrapped:
         family = replace(family, null_is_nan=False)
     made = assemble(raw.rows, family)

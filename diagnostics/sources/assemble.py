@@ -109,13 +109,10 @@ def assemble(rows: Sequence[Row], family: Family) -> Assembled:
 
 def _step_axis(rows: Sequence[Row], family: Family) -> str | None:
     """The raw name whose values count steps; None if there is none in at least half of the rows."""
-    present: dict[str, int] = {}
-    for row in rows:
-        for name, value in row.items():
-            if _step_of(value) is not None:
-                present[name] = present.get(name, 0) + 1
     order = {name: i for i, name in enumerate(dict.fromkeys((*family.steps, *STEPS)))}
-    named = [raw for raw in present if tidy(raw).lower() in order or raw in order]
+    names = dict.fromkeys(name for row in rows for name in row)
+    named = [raw for raw in names if raw in order or tidy(raw).lower() in order]
+    present = {raw: sum(_step_of(row.get(raw)) is not None for row in rows) for raw in named}
     enough = [raw for raw in named if present[raw] >= 0.5 * len(rows)]
     if not enough:
         return None
@@ -151,7 +148,7 @@ def _merge(rows: Sequence[Row], names: Sequence[str], family: Family, axis: str 
     points: list[_Point] = []
     segments: list[Segment] = [Segment(0, 0, "start")]
     at: dict[int, _Point] = {}  # step -> point, of this segment
-    seen: set[str] = set()
+    seen: set[int] = set()  # hashes of the rows so far
     dropped_rows = 0
     newest: int | None = None  # step of the newest training row in this segment
     # where a row without a step belongs: to the row before
@@ -163,7 +160,7 @@ def _merge(rows: Sequence[Row], names: Sequence[str], family: Family, axis: str 
         if number <= headers:
             continue
         if axis is not None:
-            key = repr(sorted(row.items(), key=lambda item: item[0]))
+            key = hash(repr(row))
             if key in seen and row.get(axis) is not None:
                 account.duplicate += len(row)
                 dropped_rows += 1
