@@ -212,7 +212,8 @@ class Run:
         """Ask the running trainer for a change and return its id, at once. `wait_for(id)` tells what became of it.
 
         Args:
-            change: a suggestion (or its id), an RFC 6902 patch, or simply `{field: new value}`.
+            change: a suggestion (or its id), an RFC 6902 patch, or simply `{field: new value}`. A suggestion that takes
+                effect from an earlier checkpoint asks the trainer to go back to its newest good one first.
             actor: who asks; it stands in the record.
             expect: what the change should do, `{"signal", "direction", "value", "within_steps"}`; by default what the
                 suggestion expects. The trainer judges the change by it.
@@ -256,6 +257,7 @@ class Run:
             "diagnostic": suggestion.get("diagnostic") if suggestion is not None else None,
             "expect": None if expect is None else dict(expect),
             "rollback_on_failure": rollback_on_failure,
+            "restore": suggestion is not None and suggestion.get("when") == "earlier_checkpoint",
             "time": time.time(),
         }
         try:
@@ -288,7 +290,7 @@ class Run:
                 f"suggestion {suggestion.get('id')} ({suggestion.get('applicability')}) has no patch to apply: "
                 f"{suggestion.get('title')}"
             )
-        if suggestion.get("when", "live") != "live":
+        if suggestion.get("when", "live") not in ("live", "earlier_checkpoint"):
             raise RequestRefused(
                 f"suggestion {suggestion.get('id')} takes effect from {_WHEN.get(suggestion['when'], 'a restart')}, "
                 "not while the run trains"

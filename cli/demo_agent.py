@@ -10,7 +10,7 @@ import time
 from outspoken.agent_api import NotARun, RequestRefused, Run
 
 ACTOR = "demo-agent"
-MOST_CHANGES = 3
+MOST_CHANGES = 4
 POLL_SECONDS = 0.1
 
 
@@ -42,8 +42,7 @@ def work(path: str, since: float = 0.0) -> None:
         say(f"the change is {change['state']} at step {change['step']}: {change['reason']}.")
         if change["state"] == "verified":
             return
-        if change["state"] != "rolled_back":
-            failed.add(key(suggestion))
+        failed.add(key(suggestion))
 
 
 def key(suggestion: dict) -> tuple[str, str]:
@@ -51,7 +50,9 @@ def key(suggestion: dict) -> tuple[str, str]:
 
 
 def usable(suggestion: dict, failed: set[tuple[str, str]]) -> bool:
-    return suggestion["when"] == "live" and bool(suggestion["patch"]) and key(suggestion) not in failed
+    """Whether the trainer can carry it out as it runs, going back to a checkpoint of its own if need be."""
+    reachable = suggestion["when"] in ("live", "earlier_checkpoint")
+    return reachable and bool(suggestion["patch"]) and key(suggestion) not in failed
 
 
 def wait_for_run(path: str, since: float) -> Run:

@@ -643,7 +643,15 @@ class DiagnosticsCallback(TrainerCallback):
             self._change(request, "rejected", reason)
             return None
         request = {**request, "fields": {name: {"old": old, "new": value} for name, (old, value) in fields.items()}}
-        return {"set": new, "restore": None, "request": request, "why": "apply"}
+        restore = None
+        if request.get("restore"):
+            checkpoint = self._last_good_checkpoint(request, step)
+            if checkpoint is None:
+                lack = "no good checkpoint from before the trouble is there; save_steps says how often one is written"
+                self._change(request, "rejected", lack)
+                return None
+            restore = checkpoint.path
+        return {"set": new, "restore": restore, "request": request, "why": "apply"}
 
     def _judge_trial(self) -> list[dict[str, Any]]:
         assert self._trial is not None and self.engine is not None
@@ -656,7 +664,7 @@ class DiagnosticsCallback(TrainerCallback):
         if judgement.outcome == "verified" or not trial.record.get("rollback_on_failure"):
             return []
         old = {name: pair["old"] for name, pair in trial.record["fields"].items()}
-        checkpoint = self._last_good_checkpoint(trial)
+        checkpoint = self._last_good_checkpoint(trial.record, trial.step)
         return [
             {
                 "set": old,
@@ -666,13 +674,12 @@ class DiagnosticsCallback(TrainerCallback):
             }
         ]
 
-    def _last_good_checkpoint(self, trial: changes.Trial) -> _Checkpoint | None:
-        """The newest checkpoint from before the change, and before what it was to cure began."""
-        onset = trial.step
-        code = str(trial.record.get("diagnostic") or "")
+    def _last_good_checkpoint(self, request: Mapping[str, Any], step: int) -> _Checkpoint | None:
+        """The newest checkpoint from before `step`, and before what the change is to cure began."""
+        onset = step
         assert self.engine is not None
         for record in self.engine.diagnostics().values():
-            if record["id"] == code and record["onset_step"] is not None:
+            if record["id"] == request.get("diagnostic") and record["onset_step"] is not None:
                 onset = min(onset, record["onset_step"])
         for checkpoint in reversed(self._checkpoints):
             if checkpoint.step <= onset and checkpoint.good and os.path.isdir(checkpoint.path):
@@ -713,7 +720,8 @@ class DiagnosticsCallback(TrainerCallback):
         self._writer.write_run(self._run_record | {"step": step, "heartbeat": time.time()})
         if action["why"] == "apply":
             self._trial = trial
-            self._change(request, "applied", "")
+            source = action["restore"]
+            self._change(request, "applied", f"weights and optimizer first went back to {source}" if source else "")
         else:
             source = action["restore"]
             said = f"weights and optimizer from {source}" if source else "settings only: no good checkpoint is older"

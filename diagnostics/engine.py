@@ -261,8 +261,9 @@ class Engine:
         life.count += 1
         severity = finding.severity or r.severity
 
-        blockers = [c for c in r.inhibited_by if self._state(c) in ("firing", "suppressed")]
-        waiting = [c for c in r.inhibited_by if self._state(c) == "pending"]
+        explained_by = dict.fromkeys([*r.inhibited_by, *finding.explained_by])
+        blockers = [c for c in explained_by if self._state(c) in ("firing", "suppressed")]
+        waiting = [c for c in explained_by if self._state(c) == "pending"]
         if life.state == "pending":
             if life.hits < r.for_ or (waiting and not blockers and life.hits < r.for_ + HOLD):
                 return []

@@ -160,7 +160,8 @@ class Finding:
     confidence: Confidence = "medium"
     onset_step: int | None = None
     impact: str = ""
-    causes: Sequence[str] = ()  # codes that the rule itself names as cause
+    causes: Sequence[str] = ()  # codes that the rule itself names as cause; it is shown all the same
+    explained_by: Sequence[str] = ()  # codes that, while they fire, explain this finding in this case: it is held back
     not_checked: Sequence[str] = ()
 
 
