@@ -132,7 +132,7 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
 
     ## How it is decided
 
-    Counts of groups are pooled over the newest steps, at least 48 groups and 10 steps. The rule fires when more than
+    Counts of groups are pooled over the newest steps, at least 48 groups (or 50 steps) and 10 steps. The rule fires when more than
     60 % of them carry no advantage, beyond chance (exact binomial test, p < 0.001), three steps in a row; it is an
     error from 95 % over 64 groups. It resolves below 50 %. What counts as "no advantage" depends on `scale_rewards`:
     with `group`, ties, and what the normalisation s/(s + 0.0001) takes away; with `batch` or `none`, ties, and groups
@@ -173,7 +173,7 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
     parts = composition(run, pooled)
     failed, passed = parts.get("groups/all_failed", 0.0), parts.get("groups/all_passed", 0.0)
     if max(failed, passed) >= p.explained * pooled.mean and not run.is_firing:
-        wider = pool(run, dead.name, p.explained_groups, min_steps=int(p.min_steps), values=dead.shares)
+        wider = pool(run, dead.name, p.explained_groups, enough_steps=100, values=dead.shares)
         if isinstance(wider, Unknown):
             return wider
         if not wider.exceeds(p.limit):
@@ -1274,7 +1274,7 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     `completions/clipped_ratio`, the share of completions that did not end with an end token, pooled over at least 128
-    completions: more than 20 % beyond chance (exact binomial, p < 0.001) is a warning, more than 50 % an error, three
+    completions (or 50 steps): more than 20 % beyond chance (exact binomial, p < 0.001) is a warning, more than 50 % an error, three
     steps in a row. It resolves below 10 %. `completions/max_length` sits at the cap in healthy runs and is not used.
 
     If completions do not end with an end token and are *shorter* than the cap, they were not cut: the end token that

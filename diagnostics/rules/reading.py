@@ -9,20 +9,26 @@ import numpy as np
 from outspoken.diagnostics import signals as signal_table
 from outspoken.diagnostics import stats
 from outspoken.diagnostics.records import Evidence, Unknown
-from outspoken.diagnostics.view import CAPACITY, Array, PooledWindow, RunView
+from outspoken.diagnostics.view import Array, PooledWindow, RunView
 
 SIGNIFICANT = 3.5  # |T| of a two-window comparison, and |z| of a trend, that counts as a change
 HINT = 2.0  # a |T| that is no proof, but enough to hold back an alarm about a reward that does not move
 REWARD = "reward"
 Direction = Literal["above", "below"]
-NEWEST = 128  # points looked at first when pooling; more only if they hold too few trials
-UNCOUNTED = 50  # steps that are enough to pool where it is not known how many trials each holds
+NEWEST = 128  # points looked at when pooling: more than any rule needs
+ENOUGH_STEPS = 50  # steps that are enough to pool, however few trials they hold
 
 
 def pool(
-    run: RunView, name: str, min_n: float, *, min_steps: int = 1, values: Array | None = None
+    run: RunView,
+    name: str,
+    min_n: float,
+    *,
+    min_steps: int = 1,
+    enough_steps: int = ENOUGH_STEPS,
+    values: Array | None = None,
 ) -> PooledWindow | Unknown:
-    """A share pooled over the newest steps until `min_n` trials and `min_steps` steps are in.
+    """A share pooled over the newest steps until `min_n` trials, or `enough_steps` steps, and `min_steps` are in.
 
     `values` replaces the signal's own newest values by a combination of shares, as long and with the same trials.
     Where the number of trials is not known (a log without its config), each step counts as one trial: there is at
@@ -36,13 +42,11 @@ def pool(
     points = len(shares)
     trials = run.trials(name, points)
     if trials is None:
-        trials, min_n = np.ones(points), min(min_n, UNCOUNTED)
+        trials = np.ones(points)
     total = np.cumsum(trials[::-1])
-    enough = int(total.searchsorted(min_n)) + 1
+    enough = min(int(total.searchsorted(min_n)) + 1, enough_steps)
     take = max(enough, min_steps)
     if take > points:
-        if values is None and points == NEWEST and run.rings[name].size > NEWEST:
-            return pool(run, name, min_n, min_steps=min_steps, values=run.rings[name].window(CAPACITY)[1])
         have = f"{total[-1]:.0f} of {min_n:.0f}" if enough > points else f"{points} of {min_steps} steps"
         return Unknown(f"too little data for {name} so far: {have}")
     hits = float(shares[-take:] @ trials[-take:])
