@@ -136,8 +136,7 @@ def _fired(transitions: Iterable[Mapping[str, Any]], words: list[str], unresolve
     for record in transitions:
         key = str(record.get("fingerprint"))
         latest[key] = record
-        fired = record.get("state") == "firing" and record.get("fired_step") is not None
-        if fired and (key not in worst or _rank(record) < _rank(worst[key])):
+        if record.get("state") == "firing" and (key not in worst or _rank(record) < _rank(worst[key])):
             worst[key] = record
     limit = max((SEVERITIES.index(w) for w in words if w in SEVERITIES), default=-1)
     reasons = []

@@ -263,13 +263,14 @@ def test_metrics_of_some_signals_since_a_step(run, writer):
 
 
 def test_metrics_of_a_resumed_run_has_each_step_once(run, writer):
-    for step in range(1, 8):  # died at 7; the checkpoint is of step 4
+    for step in range(1, 10):  # died at 9; the checkpoint is of step 4
         observe(writer, step, {"loss": step})
     for step in (5, 6):
         observe(writer, step, {"loss": 100 + step}, segment=1)
     observe(writer, 7, {"loss": 107}, segment=2)  # a change opens a segment, too: nothing was done anew
     observe(writer, 7, {"eval_loss": 9}, segment=3)
     frame = run.metrics()
+    assert list(frame.index) == [1, 2, 3, 4, 5, 6, 7]  # 8 and 9 were thrown away and not reached again
     assert frame["loss"].tolist() == [1, 2, 3, 4, 105, 106, 107] and frame["eval_loss"][7] == 9
 
 

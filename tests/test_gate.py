@@ -81,6 +81,9 @@ WORSENED = [
 ]
 
 
+EASED = [*FIRED_ERROR, a_diagnostic("NUM001", "firing", "warning", step=12)]
+
+
 @pytest.mark.parametrize(
     ("diagnostics", "fail_on", "default", "unresolved_only", "ever"),
     [
@@ -100,6 +103,7 @@ WORSENED = [
         (PAST_WARNING, "RL016", 1, 0, 1),
         (PAST_WARNING, "RL001", 0, 0, 0),
         (WORSENED, "error", 1, 0, 1),
+        (EASED, "error", 1, 1, 1),
     ],
 )
 def test_diagnostics(a_run, diagnostics, fail_on, default, unresolved_only, ever):

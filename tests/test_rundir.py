@@ -376,12 +376,15 @@ def test_a_full_disk(directory, said, monkeypatch):
     monkeypatch.setattr(rundir.os, "write", full)
     assert not any(fill(directory, 10, first=4))
     assert not directory.append_change(a_change())
+    put(directory, "a.json", a_request("a"))
+    assert list(directory.requests()) == []  # what became of it could not be recorded
     assert directory.lost_lines == 11 and "No space left on device" in directory.problem
     monkeypatch.setattr(rundir.os, "write", real)
     results = fill(directory, 60, first=14)
     recovered = results.index(True)
     assert recovered <= rundir.RETRY_WRITES and all(results[recovered:])
     assert directory.problem is None and directory.lost_lines == 11 + recovered
+    assert [r["id"] for r in directory.requests()] == ["a"]
     assert len(said) == 2
     records, notes = read_jsonl(directory.path / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2, 3, *range(14 + recovered, 74)] and notes == []
