@@ -239,7 +239,7 @@ RECORDS = {
     "verdict": verdict,
     "report": report,
 }
-OPTIONAL = {("verdict", "suppressed"), ("run", "process")}
+OPTIONAL = {("verdict", "suppressed"), ("run", "process"), ("request", "restore")}
 quick = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 
 
