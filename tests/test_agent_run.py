@@ -433,6 +433,21 @@ def test_what_the_trainer_would_refuse_is_refused_at_once(run, writer, change, r
     assert os.listdir(writer.control) == []
 
 
+def test_only_a_suggestion_from_an_earlier_checkpoint_asks_to_go_back(run, writer):
+    run.apply({"beta": 0.1}, actor="me")
+    run.apply(a_suggestion(), actor="me")
+    run.apply(a_suggestion(when="earlier_checkpoint"), actor="me")
+    assert [request["restore"] for request in inbox(writer)] == [False, False, True]
+
+
+def test_a_plan_is_checked_and_not_sent(run, writer):
+    plan = run.plan({"beta": 0.1}, actor="me")
+    schemas.validate(plan)
+    assert plan["patch"] == change_field("beta", 0, 0.1) and inbox(writer) == []
+    with pytest.raises(RequestRefused, match="below its minimum"):
+        run.plan({"beta": -1}, actor="me")
+
+
 def test_bad_actors_and_expectations_are_refused(run, writer):
     with pytest.raises(RequestRefused, match="actor is ''"):
         run.apply({"beta": 0.1}, actor="")

@@ -139,6 +139,7 @@ request = record(
     diagnostic=maybe(word),
     expect=maybe(expectation),
     rollback_on_failure=st.booleans(),
+    restore=st.booleans(),
     time=number,
 )
 change = record(
