@@ -65,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `OUTSPOKEN_DEBUG=1` shows tracebacks.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    usage_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="outspoken", standalone_mode=False)
         sys.stdout.flush()
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, CommandError):
             sentence, code = str(error), error.exit_code
-        elif isinstance(error, usage_error):
+        elif hasattr(error, "format_message"):  # typer's errors of usage; their common base is not public
             sentence, code = error.format_message(), CANNOT_JUDGE
         else:
             sentence, code = f"{type(error).__name__}: {error} (OUTSPOKEN_DEBUG=1 shows where)", CANNOT_JUDGE

@@ -40,7 +40,7 @@ class _Parser(HfArgumentParser):
 class Fields:
     """The fields of some dataclasses, and how texts become their values."""
 
-    def __init__(self, *classes: type):
+    def __init__(self, *classes: Any):
         self.classes = classes
         self.hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
         self._parser = _Parser(list(classes), add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -94,7 +94,11 @@ class Fields:
                 return json.loads(value)
             except ValueError as error:
                 raise CommandError(f"{given.where}: {given.name} is no JSON: {error}.") from None
+        if bool in alternatives and str in alternatives:  # HfArgumentParser would take truth values only
+            return {"true": True, "false": False}.get(str(value).lower(), value)
         texts = value if isinstance(value, list) else [value]
+        if value == "" and action.nargs == "+":
+            return "" if str in alternatives else []
         option = f"--{given.name}"
         tokens = [option, *texts] if action.nargs == "+" else [f"{option}={texts[0]}"]
         try:
@@ -112,16 +116,18 @@ class Fields:
         """What a field takes, in words."""
         action = self._actions[name]
         alternatives = _alternatives(self.hints[name])
-        if action.choices is not None:
-            return f"one of {', '.join(str(getattr(c, 'value', c)) for c in action.choices)}"
         words = _WORDS.get(action.type, "")  # type: ignore[call-overload]
-        if isinstance(action.type, type) and issubclass(action.type, enum.Enum):
+        if bool in alternatives and str in alternatives:
+            words = "true, false or a text"
+        elif action.choices is not None:
+            words = f"one of {', '.join(str(getattr(c, 'value', c)) for c in action.choices)}"
+        elif isinstance(action.type, type) and issubclass(action.type, enum.Enum):
             words = f"one of {', '.join(str(c.value) for c in action.type)}"
         if dict in map(_plain, alternatives):
             words = "a mapping"
         if action.nargs == "+":
             plural = {"a number": "numbers", "a whole number": "whole numbers", "a text": "texts"}.get(words, words)
-            words = f"one or more {plural}"
+            words = f"one or more {plural}".replace("more one of", "more of")
         words = words or "a value"
         return f"{words} or null" if type(None) in alternatives else words
 
@@ -182,10 +188,22 @@ def one_line(error: object, limit: int = 800) -> str:
 
 
 def place_of(message: str, given: Sequence[Given]) -> str:
-    """Where the field stands that a message is about: the first one it names. Empty if it names none that was given."""
-    words = re.findall(r"[A-Za-z_]\w*", message)
-    places = {g.name: g.where for g in given}
-    return next((f"{places[word]}: " for word in words if word in places), "")
+    """Where the field stands that a message is about: the first it names, else the first whose value it names."""
+    words = set(re.findall(r"[A-Za-z_]\w*", message))
+    named = [g for g in given if g.name in words]
+    named = sorted(named, key=lambda g: message.index(g.name)) or [
+        g for g in given if any(len(part) > 3 and part in message for part in _parts(g.value))
+    ]
+    return f"{named[0].where}: " if named else ""
+
+
+def _parts(value: Any) -> list[str]:
+    """The texts that would show in a message about a value, ordinary words left out."""
+    if isinstance(value, dict):
+        return [part for key, nested in value.items() for part in (str(key), *_parts(nested))]
+    if isinstance(value, list):
+        return [part for item in value for part in _parts(item)]
+    return [value] if isinstance(value, str) and value.lower() not in ("true", "false", "none", "auto") else []
 
 
 # ---------------------------------------------------------------------- the two places
@@ -202,22 +220,26 @@ def read_yaml(path: str | Path, fields: Fields) -> list[Given]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise CommandError(f"{path} cannot be read: {reason}.") from None
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return []
         if not isinstance(root, yaml.MappingNode):
             raise CommandError(f"{path} line {root.start_mark.line + 1}: expected lines like 'learning_rate: 1e-5'.")
-        return [_given(key, value, path, fields, loader) for key, value in root.value]
+        found: dict[str, Given] = {}
+        for key, value in root.value:
+            given = _given(key, value, path, fields, loader)
+            if given.name in found:
+                raise CommandError(f"{given.where}: {given.name} stands already at {found[given.name].where}.")
+            found[given.name] = given
+        return list(found.values())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f" line {mark.line + 1}" if mark is not None else ""
         raise CommandError(f"{path}{at}: this is no YAML: {error.problem or error.context}.") from None
     except yaml.YAMLError as error:
         raise CommandError(f"{path}: this is no YAML: {one_line(error)}") from None
-    finally:
-        loader.dispose()
 
 
 def _given(key: yaml.Node, value: yaml.Node, path: str | Path, fields: Fields, loader: yaml.SafeLoader) -> Given:
@@ -277,17 +299,5 @@ def _unset_by_word(hint: Any) -> bool:
 
 
 def merged(*sources: Sequence[Given]) -> list[Given]:
-    """All fields, later sources winning.
-
-    Raises:
-        CommandError: one source names a field twice.
-    """
-    result: dict[str, Given] = {}
-    for source in sources:
-        seen: dict[str, Given] = {}
-        for given in source:
-            if given.name in seen:
-                raise CommandError(f"{given.where}: {given.name} stands already at {seen[given.name].where}.")
-            seen[given.name] = given
-        result |= seen
-    return list(result.values())
+    """All fields; of a field that is named several times the last one counts."""
+    return list({given.name: given for source in sources for given in source}.values())

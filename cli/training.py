@@ -115,9 +115,10 @@ def train(method: str, config_file: str | None, tokens: Sequence[str]) -> dict[s
     )
     built = fields.build(given)
     setup, config = built[0], built[-1]
+    checkpoint = _checkpoint(config, given)
     trainer = _trainer(method, built, given, config_file)
     try:
-        trained = trainer.train(resume_from_checkpoint=_checkpoint(config))
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
         if os.environ.get("OUTSPOKEN_DEBUG"):
             raise
@@ -148,6 +149,10 @@ def _trainer(method: str, built: tuple[Any, ...], given: Sequence[Given], config
     where = f"{config_file}: " if config_file is not None else ""
     if setup.model_name_or_path is None:
         raise CommandError(f"{where}model_name_or_path is missing; give a folder or a name on the hub.")
+    model = Path(setup.model_name_or_path).expanduser()
+    if not model.exists() and (model.is_absolute() or setup.model_name_or_path.startswith((".", "~"))):
+        at = _place("model_name_or_path", given, where)
+        raise CommandError(f"{at}model_name_or_path {str(model)!r} does not exist.")
     _check_adapter(setup, given)
     config.model_init_kwargs = {**(config.model_init_kwargs or {}), **_model_init(setup)} or None
     arguments: dict[str, Any] = {
@@ -169,7 +174,11 @@ def _trainer(method: str, built: tuple[Any, ...], given: Sequence[Given], config
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("OUTSPOKEN_DEBUG"):
             raise
-        raise CommandError(f"{place_of(str(error), given) or where}{one_line(error)}") from None
+        at = place_of(str(error), given)
+        if not at and isinstance(error, OSError):  # the hub's errors do not say what was asked for
+            at = _place("model_name_or_path", given, where)
+            at += f"model_name_or_path {setup.model_name_or_path!r} cannot be loaded: "
+        raise CommandError(f"{at or where}{one_line(error)}") from None
 
 
 def _place(name: str, given: Sequence[Given], default: str) -> str:
@@ -391,14 +400,15 @@ def _module_of_file(file: str, name: str, where: str) -> Any:
 # ---------------------------------------------------------------------- around training
 
 
-def _checkpoint(config: Any) -> str | None:
+def _checkpoint(config: Any, given: Sequence[Given]) -> str | None:
     """The checkpoint to resume from: a folder, or with `true` or `last` the newest one in the output directory."""
     wanted = config.resume_from_checkpoint
     if not wanted or str(wanted).lower() in ("false", "no"):
         return None
     if str(wanted).lower() not in ("true", "last", "yes"):
         if not Path(str(wanted)).is_dir():
-            raise CommandError(f"resume_from_checkpoint {wanted!r} is no folder; name a checkpoint, or 'last'.")
+            at = _place("resume_from_checkpoint", given, "")
+            raise CommandError(f"{at}resume_from_checkpoint {wanted!r} is no folder; name a checkpoint, or 'last'.")
         return str(wanted)
     from transformers.trainer_utils import get_last_checkpoint
 
