@@ -673,12 +673,11 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
                 fast = stats.median(window.values[-5:]) < p.fast_fall * stats.median(window.values[:5])
         if not (slow or fast):
             return None
-        second = _variety_lost(run, p)
-        if isinstance(second, Unknown):
-            return second
-        if not second:
-            return None
+    second = _variety_lost(run, p)
+    if isinstance(second, list) and second:
         evidence.extend(second)
+    elif not run.is_firing:
+        return second if isinstance(second, Unknown) else None
 
     reward = reward_progress(run)
     improving = reward.state in ("up", "rising")
@@ -776,7 +775,7 @@ def _more_entropy(run: RunView, now: float) -> tuple[Suggestion, ...]:
     for_=3,
     keep=4,
     inhibited_by=SILENCED_BY,
-    params={"rise": 2.0, "clear": 1.5, "min_rise": 0.05, "trend_z": 3.5, "grad_rise": 1.5},
+    params={"rise": 2.0, "clear": 1.5, "min_rise": 0.05, "trend_z": 3.5, "grad_rise": 1.25},
 )
 def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     """The policy's distribution flattens while the run gets worse.
@@ -790,7 +789,7 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
 
     The median entropy of the last 10 steps is above twice its smallest 10-step mean in this segment, at least 0.05
     nats/token above it, above its own beginning, and rising (Mann-Kendall over 50 steps, z > 3.5); and at least one of:
-    the reward falls (two windows of 25 steps, T < -3.5), the gradient norm rises (T > 3.5 on its logarithm, by half or
+    the reward falls (two windows of 25 steps, T < -3.5), the gradient norm rises (T > 3.5 on its logarithm, by a quarter or
     more), the difference between sampling and training log-probabilities rises (T > 3.5). Every 5 steps, three times
     in a row. An error when the reward falls. It resolves below 1.5 times the minimum.
 
@@ -806,7 +805,7 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
 
     ## Sources
 
-    Fall, then steady rise before collapse: INTELLECT-2, arXiv 2505.07291. The factors 2 and 1.5, and 0.05: judgement.
+    Fall, then steady rise before collapse: INTELLECT-2, arXiv 2505.07291. The factors 2, 1.5 and 1.25, and 0.05: judgement.
     """
     now, start = run.median("entropy"), reference(run, "entropy")
     window = run.window("entropy", CAPACITY, min_n=50)
