@@ -94,15 +94,17 @@ def _list(run: "Run", json: bool) -> None:
 
 
 def _suggestion(run: "Run", name: str) -> Any:
-    """What the name stands for: a suggestion's id as it is; of a rule's suggestions the one that applies live."""
+    """What the name stands for: a suggestion's id as it is; of a rule's suggestions the one that can be applied now."""
     ids = [s.get("id") for s in run.suggestions()]
     of_rule = [s for s in run.suggestions() if str(s.get("code")).upper() == name.upper()]
     if name in ids or not of_rule:
         return name
-    live = [s for s in of_rule if s.get("patch") and s.get("when") == "live"]
-    if len(live) > 1:
-        raise CommandError(f"{name} suggests several changes; choose one of {', '.join(str(s['id']) for s in live)}.")
-    return (live or of_rule)[0]
+    usable = [s for s in of_rule if s.get("patch") and s.get("when") in ("live", "earlier_checkpoint")]
+    if len(usable) > 1:
+        raise CommandError(
+            f"{name} suggests several changes; choose one of {', '.join(str(s['id']) for s in usable)}."
+        )
+    return (usable or of_rule)[0]
 
 
 def _values(run: "Run", given: list[str]) -> dict[str, Any]:
@@ -143,6 +145,8 @@ def _show_plan(request: Mapping[str, Any], json: bool) -> None:
         if op["op"] != "test":
             before = f"{value_text(old[op['path']])} -> " if op["path"] in old else ""
             print(f"would change {escaped(op['path'].lstrip('/'), 80)}: {before}{value_text(op['value'])}")
+    if request.get("restore"):
+        print("after going back to the newest good checkpoint")
     expect = request.get("expect")
     if expect:
         steps = expect.get("within_steps")

@@ -1,8 +1,7 @@
 """Writes a tiny model and two small datasets to examples/tiny/, so that the examples run anywhere, without a network.
 
-    python examples/make_tiny.py
-    outspoken sft --config examples/sft.yaml
-    outspoken grpo --config examples/grpo.yaml
+Run it once from the repository's root, then the two configs: `python examples/make_tiny.py`, `outspoken sft --config
+examples/sft.yaml`, `outspoken grpo --config examples/grpo.yaml`.
 """
 
 import sys

@@ -635,6 +635,15 @@ def test_apply_refuses_what_is_wrong(cli, writer, run_dir, options, said):
     assert list(writer.requests()) == []
 
 
+def test_a_suggestion_that_goes_back_to_a_checkpoint(cli, writer, run_dir):
+    back = suggestion_record(when="earlier_checkpoint", expect=None)
+    writer.append_diagnostic(
+        diagnostic_record(suggestions=[suggestion_record(id="code", patch=[], when="code"), back])
+    )
+    code, out, _ = cli("apply", run_dir, "RL016", "--dry-run")
+    assert code == 0 and out.splitlines()[1] == "after going back to the newest good checkpoint"
+
+
 def test_apply_to_a_run_that_is_over(cli, writer, run_dir):
     finish(writer)
     code, _, err = cli("apply", run_dir, "--set", "learning_rate=1e-5")
