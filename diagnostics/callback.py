@@ -33,7 +33,7 @@ from outspoken.diagnostics.patches import PatchRefused, check_patch
 from outspoken.diagnostics.recorder import Recorder
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.rundir import BadRequest, RunDirectory, read_json, read_jsonl
-from outspoken.diagnostics.sinks import default_sinks
+from outspoken.diagnostics.sinks import Guarded, default_sinks
 
 RUN_SCHEMA = "outspoken.run/1"
 RUN_FOLDER = "outspoken"  # the run directory is <output_dir>/outspoken
@@ -119,7 +119,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.run_id: str | None = None
         self._run_dir = run_dir
         self._params, self._ignore = params, list(ignore) if ignore is not None else None
-        self._sinks = sinks
+        self._sinks: list[Any] | None = None if sinks is None else [Guarded(sink) for sink in sinks]
         self._method = method
         self._accept_requests = accept_requests
         self._trainer: Any = None

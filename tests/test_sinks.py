@@ -427,3 +427,12 @@ def test_even_a_report_that_fails_does_not_hurt():
         raise ValueError("closed")
 
     sinks.Guarded(Broken(), report).note("x")
+
+
+def test_the_users_sinks_are_guarded_too(capsys):
+    from outspoken.diagnostics.callback import DiagnosticsCallback
+
+    callback = DiagnosticsCallback(sinks=[Broken()])
+    callback._note("x")
+    callback._note("y")
+    assert capsys.readouterr().err == ("[outspoken] note: Broken failed and may miss events: OSError: disk full\n")
