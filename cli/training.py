@@ -298,7 +298,12 @@ def _from_disk(path: str, field_name: str) -> Any:
     kind = _FILE_FORMATS.get(suffixes[-1].lower() if suffixes else "")
     if kind is None:
         raise CommandError(f"{field_name} {path!r} is no {', '.join(_FILE_FORMATS)} file.")
-    return datasets.load_dataset(kind, data_files=str(found))
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a file that is wrong is told once, by us
+    try:
+        return datasets.load_dataset(kind, data_files=str(found))
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _deepest(error: BaseException) -> BaseException:
