@@ -48,3 +48,6 @@ bench: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/make_rules.py

@@ -29,7 +29,7 @@ from outspoken.diagnostics.rules.registry import Rule, all_rules, parameters
 from outspoken.diagnostics.view import Ring, RunView
 
 DIAGNOSTIC_SCHEMA = "outspoken.diagnostic/1"
-DOC = "https://outspoken.dev/rules/{code}"
+DOC = "docs/rules/{code}.md"
 MAX_MESSAGE = 2000
 
 HOLD = 5  # evaluations that a finding waits, beyond its own `for`, while a possible cause is still pending

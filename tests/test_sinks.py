@@ -16,7 +16,7 @@ def diagnostic(**more):
         "id": "run-1-RL016-1",
         "code": "RL016",
         "name": "truncation-saturation",
-        "doc": "https://outspoken.dev/rules/RL016",
+        "doc": "docs/rules/RL016.md",
         "severity": "warning",
         "state": "firing",
         "confidence": "high",
