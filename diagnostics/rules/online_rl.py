@@ -36,6 +36,7 @@ from outspoken.diagnostics.rules.reading import (
     reference,
     reward_progress,
     reward_range,
+    reward_since,
     scaling,
     span,
     steps_for,
@@ -185,7 +186,7 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
                 return Unknown(f"{pooled.mean:.0%} of groups carry no advantage, nearly all failed; but {reason}")
 
     shares = [f"{value:.0%} {name.removeprefix('groups/all_')} as a whole" for name, value in parts.items()]
-    severe = pool(run, dead.name, 64, values=dead.shares)
+    severe = pool(run, dead.name, 64, enough_steps=64, values=dead.shares)
     error = isinstance(severe, PooledWindow) and severe.mean >= p.error
     evidence = [pooled.evidence(p.limit)]
     kept = run.median("groups/attenuation")
@@ -341,7 +342,7 @@ def all_wrong_groups(run: RunView, p: Params) -> RuleResult:
         return pooled
     if pooled.mean <= p.clear:
         return None
-    severe = pool(run, "groups/all_failed", p.error_groups)
+    severe = pool(run, "groups/all_failed", p.error_groups, enough_steps=int(p.error_groups))
     error = isinstance(severe, PooledWindow) and severe.mean > p.error
     if not error:
         if not run.is_firing and not pooled.exceeds(p.limit):
@@ -912,9 +913,8 @@ def kl_drift(run: RunView, p: Params) -> RuleResult:
 
     ## How it is decided
 
-    By efficiency: the median of 10 steps of `kl` rose by more than 50 % and 0.02 nats/token over 50 steps, while the
-    reward fell (two windows of 25 steps, T < -3.5) or was flat for 100 to 512 steps though a change of 5 % of its range
-    would have shown (the test of RL031). Or by level, per token: above 0.5 a warning, above 2 an
+    By efficiency: the median of 10 steps of `kl` rose by more than 50 % and 0.02 nats/token over 50 steps, and significantly (two
+    windows of 25 steps on the logarithm, T > 3.5), while the reward fell (two windows of 25 steps, T < -3.5) or was flat for 100 to 512 steps though a change of 5 % of its range would have shown (the test of RL031). Or by level, per token: above 0.5 a warning, above 2 an
     error. `kl` is the per-token estimate of GRPO and RLOO; where it is a sum per sequence (PPO), it is divided by the
     mean completion length. Every 5 steps, three times in a row.
 
@@ -952,7 +952,7 @@ def kl_drift(run: RunView, p: Params) -> RuleResult:
     limit = p.high * (0.8 if run.is_firing else 1.0)
     high = now > limit
     before = stats.median(values[-60:-50]) if len(values) >= 60 else None
-    rose = before is not None and now - before > p.min_rise and now > (1 + p.rise) * before
+    rose = before is not None and now - before > p.min_rise and now > (1 + p.rise) * before and _rises(values[-50:])
     if not high and not rose:
         return None
     reward = reward_progress(run)
@@ -997,6 +997,15 @@ def kl_drift(run: RunView, p: Params) -> RuleResult:
         impact="the policy changes in ways the reward does not ask for",
         not_checked=held_out_unchecked(run),
     )
+
+
+def _rises(values: Array) -> bool:
+    """Whether the later half of positive values lies significantly above the earlier one, on the logarithm."""
+    if float(values.min()) <= 0:
+        return False
+    logs, half = np.log(values), len(values) // 2
+    two = stats.two_window(logs[:half], logs[half:])
+    return two is not None and two.t > SIGNIFICANT
 
 
 @rule(
@@ -1129,6 +1138,23 @@ def length_growth(run: RunView, factor: float, least: float) -> tuple[float, flo
     return start, now
 
 
+def _left_off(run: RunView, name: str, start: float, factor: float) -> int:
+    """The last step at which a signal's 10-point mean was still within `factor` of where it started."""
+    window = run.window(name)
+    assert window is not None
+    if len(window) < 10:
+        return int(window.steps[0])
+    means = np.convolve(window.values, np.ones(10) / 10, "valid")
+    near = np.flatnonzero(means <= factor * start if factor > 1 else means >= factor * start)
+    return int(window.steps[near[-1] + 9]) if len(near) else int(window.steps[0])
+
+
+def _pays(run: RunView, start: float) -> bool:
+    """Whether the reward rose since completions began to grow from `start` tokens."""
+    since = _left_off(run, "completions/mean_length", start, 1.25)
+    return reward_since(run, since).state in ("up", "rising")
+
+
 @rule(
     "RL015",
     "length-explosion",
@@ -1139,7 +1165,15 @@ def length_growth(run: RunView, factor: float, least: float) -> tuple[float, flo
     for_=3,
     keep=5,
     inhibited_by=SILENCED_BY,
-    params={"rise": 2.0, "clear": 1.5, "min_growth": 16, "clipped": 0.10, "error": 0.50, "flat_share": 0.10},
+    params={
+        "rise": 2.0,
+        "clear": 1.5,
+        "min_growth": 16,
+        "clipped": 0.10,
+        "error": 0.50,
+        "min_completions": 128,
+        "flat_share": 0.05,
+    },
 )
 def length_explosion(run: RunView, p: Params) -> RuleResult:
     """Completions grow longer and longer.
@@ -1152,8 +1186,10 @@ def length_explosion(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     The median of `completions/mean_length` over 10 steps is above twice its own beginning (steps 3 to 22), by at least
-    16 tokens. That alone is information. It is a warning when the reward does not improve and either more than 10 % of
-    completions are cut, or the reward is flat (a change of 10 % of its range would have shown) or falls; an error when
+    16 tokens. That alone is information. The reward of the newest 25 steps is compared with that of 25 steps before the
+    growth began (the last time the length was within 1.25 of its beginning). It is a warning when the reward did not
+    improve and either more than 10 % of at least 128 completions are cut (exact binomial, p < 0.001), or the reward is
+    flat (a change of 5 % of its range would have shown) or fell; an error when
     more than half are cut. Every second step, three times in a row; it resolves below 1.5 times the beginning.
 
     ## When it is fine
@@ -1178,22 +1214,22 @@ def length_explosion(run: RunView, p: Params) -> RuleResult:
             return Unknown("completions/mean_length has fewer than 22 points in this segment")
         return None
     start, now = grown
-    reward = reward_progress(run, p.flat_share)
-    clipped_window = run.window("completions/clipped_ratio", 10)
-    clipped = None if clipped_window is None else clipped_window.mean
+    reward = reward_since(run, _left_off(run, "completions/mean_length", start, 1.25), p.flat_share)
+    cut = pool(run, "completions/clipped_ratio", p.min_completions, min_steps=10)
+    clipped = cut.mean if isinstance(cut, PooledWindow) else 0.0
     severity: Severity = "info"
-    if reward.state not in ("up", "rising"):
-        if clipped is not None and clipped > p.error:
+    if reward.state not in ("up", "rising") and now > p.rise * start:
+        if clipped > p.error:
             severity = "error"
-        elif (clipped is not None and clipped > p.clipped) or reward.state in ("flat", "down"):
+        elif (isinstance(cut, PooledWindow) and cut.exceeds(p.clipped)) or reward.state in ("flat", "down"):
             severity = "warning"
-    suggestions = _shorter(run, now, clipped or 0.0)
+    suggestions = _shorter(run, now, clipped)
     evidence = [median_evidence(run, "completions/mean_length", now, start, p.rise * start, "above")]
-    if clipped_window is not None:
-        evidence.append(clipped_window.evidence("mean", clipped, threshold=p.clipped, direction="above"))
-    cut = "" if clipped is None else f", {clipped:.0%} are cut"
+    if isinstance(cut, PooledWindow):
+        evidence.append(cut.evidence(p.clipped))
+    share = f", {clipped:.0%} are cut" if isinstance(cut, PooledWindow) else ""
     return Finding(
-        message=f"Completions grew from {start:.0f} to {now:.0f} tokens (limit {p.rise:g} times){cut}; {reward.words}.",
+        message=f"Completions grew from {start:.0f} to {now:.0f} tokens (limit {p.rise:g} times){share}; {reward.words}.",
         advice=consider(suggestions[0])
         if severity != "info"
         else "Longer answers may be worth it: compare the reward on held-out prompts.",
@@ -1323,7 +1359,7 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
         paid = f" They score {cut_reward:.3g}, the others {whole_reward:.3g}."
         evidence.append(median_evidence(run, "completions/truncated_reward", cut_reward, whole_reward))
     grown = length_growth(run, p.growth, p.min_growth)
-    without_reward = grown is not None and reward_progress(run).state not in ("up", "rising")
+    without_reward = grown is not None and not _pays(run, grown[0])
     looping = _ends_early(run, p, pooled, cap)
     raised = _raise_cap(run, p, pooled, cap, looping)
     masked = _mask_truncated(run, pooled)
@@ -1476,7 +1512,8 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     The median of `completions/mean_length` over 10 steps is below 0.4 of its own beginning (steps 3 to 22) and falls
-    (Mann-Kendall over 50 steps on the logarithm, z < -3.5), and the reward does not improve. It is information where
+    (Mann-Kendall over 50 steps on the logarithm, z < -3.5), and the reward did not improve since the length last stood at
+    0.8 of its beginning. It is information where
     the reward is too noisy to say, or a reward function is named for length or brevity. Every 5 steps, three times in
     a row; it resolves above 0.7 of the beginning.
 
@@ -1509,7 +1546,7 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
         if trend.z >= -p.trend_z:
             return None
         evidence.append(trend_evidence(run, name, trend.z, -p.trend_z))
-    reward = reward_progress(run)
+    reward = reward_since(run, _left_off(run, name, start, 0.8))
     if reward.state in ("up", "rising"):
         return None
     penalties = sorted({n.split("/")[1] for n in run.rings if n.startswith("rewards/") and _about_length(n)})
@@ -1669,13 +1706,13 @@ def plateau(run: RunView, p: Params) -> RuleResult:
 
     ## How it is decided
 
-    Of 25, 50, 100 and 128 steps, the shortest window is taken whose minimum detectable effect (5 % error, 80 % power)
-    is at most 5 % of the reward range. Four such windows in a row must show nothing: no neighbours differ
-    significantly (|T| < 3.5), the later two against the earlier two differ with |T| < 2 and, with 95 % confidence, by
-    less than 5 % of the range. Groups must carry a signal (else RL001). Every 50 steps.
+    Of 100, 200, 400 and 512 steps, the shortest span is taken over which a change of 5 % of the reward range would show
+    (5 % error, 80 % power: 5.6 standard errors of the difference between its halves). Over that span the reward must
+    have changed by less than that, with 95 % confidence, the halves must not differ (|T| < 2), and no neighbouring
+    quarters significantly (|T| < 3.5). Groups must carry a signal (else RL001). Every 50 steps.
 
-    If even 128 steps cannot show a change of 5 %, the answer is unknown, with the effect that would show: 16
-    completions a step cannot show a change of 0.05 in 50 steps.
+    If even 512 steps cannot show a change of 5 %, the answer is unknown, with the change that would show: a run with 16
+    completions a step cannot tell a plateau from a gain of 0.05 in 100 steps.
 
     ## When it is fine
 
@@ -1694,16 +1731,14 @@ def plateau(run: RunView, p: Params) -> RuleResult:
     flat = flat_reward(run, p.mde_share, p.flat_t)
     if not isinstance(flat, Flat):
         return flat
-    width, newest, halves, level, spread = flat.width, flat.newest, flat.halves, flat.level, flat.spread
-    window = run.window(REWARD, 4 * width)
-    assert window is not None
+    steps, halves, level, spread = flat.steps, flat.halves, flat.level, flat.spread
     best, worst = run.last("rewards/max_seen"), run.last("rewards/min_seen")
     if best is not None and worst is not None and best > worst and level >= worst + p.ceiling * (best - worst):
         return None  # converged
     dead = dead_groups(run)
     if isinstance(dead, DeadGroups) and float(dead.shares[-50:].mean()) > p.dead:
         return None
-    hurried = Expectation(REWARD, "above", float(f"{level + newest.mde:.3g}"), 2 * width, min_n=25)
+    hurried = Expectation(REWARD, "above", float(f"{level + flat.mde:.3g}"), steps, min_n=25)
     generations = run.config.get("num_generations")
     suggestions = listed(
         [
@@ -1717,21 +1752,18 @@ def plateau(run: RunView, p: Params) -> RuleResult:
     entropy, entropy_start = run.median("entropy"), reference(run, "entropy")
     low = entropy is not None and entropy_start is not None and 0 < entropy < 0.3 * entropy_start
     return Finding(
-        message=f"The reward is flat at {level:.3g}: {halves.mean1:.3g} -> {halves.mean2:.3g} over {4 * width} steps, and "
-        f"a change of {newest.mde:.2g} ({newest.mde / spread:.0%} of its range) would have shown.",
+        message=f"The reward is flat at {level:.3g}: {halves.mean1:.3g} -> {halves.mean2:.3g} over {steps} steps, and a "
+        f"change of {flat.mde:.2g} ({flat.mde / spread:.1%} of its range) would have shown.",
         advice=consider(suggestions[0]) + (" Entropy is low: see RL005." if low else ""),
         evidence=[
+            Evidence(REWARD, "two_window_t", halves.t, steps, span(run, REWARD, steps), halves.mean1, p.flat_t),
             Evidence(
                 REWARD,
-                "two_window_t",
-                halves.t,
-                4 * width,
-                window.span,
-                halves.mean1,
-                p.flat_t,
-            ),
-            Evidence(
-                REWARD, "minimum_detectable_effect", newest.mde, 2 * width, window.span, threshold=p.mde_share * spread
+                "minimum_detectable_effect",
+                flat.mde,
+                steps,
+                span(run, REWARD, steps),
+                threshold=p.mde_share * spread,
             ),
         ],
         suggestions=suggestions,

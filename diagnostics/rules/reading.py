@@ -134,21 +134,38 @@ class Progress:
 
 def reward_progress(run: RunView, share: float = 0.10) -> Progress:
     """How the reward moves now. A held-out reward that rises counts as "up" too."""
-    short, long = run.two(REWARD, 25), run.two(REWARD, 50)
-    both = [w for w in (short, long) if w is not None]
-    if not both:
+    return _progress(run, [w for w in (run.two(REWARD, 25), run.two(REWARD, 50)) if w is not None], share)
+
+
+def reward_since(run: RunView, step: int, share: float = 0.10) -> Progress:
+    """How the reward moved since a step: the newest 25 points against the 25 up to that step.
+
+    Where the step lies further back than the window, the oldest 25 points that are left stand for it.
+    """
+    window = run.window(REWARD, min_n=50)
+    if window is None:
         return Progress("unclear", None, 0.0)
-    highest = max(both, key=lambda w: w.t)
-    lowest = min(both, key=lambda w: w.t)
+    end = min(max(int(window.steps.searchsorted(step, side="right")), 25), len(window) - 25)
+    two = stats.two_window(window.values[end - 25 : end], window.values[-25:])
+    return _progress(run, [two] if two is not None else [], share)
+
+
+def _progress(run: RunView, comparisons: list[stats.TwoWindow], share: float) -> Progress:
+    """`comparisons` begins with the most recent one."""
+    if not comparisons:
+        return Progress("unclear", None, 0.0)
+    recent = comparisons[0]
+    highest = max(comparisons, key=lambda w: w.t)
+    lowest = min(comparisons, key=lambda w: w.t)
     if highest.t > SIGNIFICANT or held_out_rises(run):
         return Progress("up", highest, highest.t)
-    if short is not None and short.t < -SIGNIFICANT:
-        return Progress("down", short, short.t)
+    if recent.t < -SIGNIFICANT:
+        return Progress("down", recent, recent.t)
     if highest.t > HINT:
         return Progress("rising", highest, highest.t)
     if lowest.t < -SIGNIFICANT:
         return Progress("down", lowest, lowest.t)
-    finest = min(both, key=lambda w: w.mde)
+    finest = min(comparisons, key=lambda w: w.mde)
     spread = reward_range(run)
     flat = spread is not None and finest.mde <= share * spread
     return Progress("flat" if flat else "unclear", finest, finest.t)
@@ -156,11 +173,15 @@ def reward_progress(run: RunView, share: float = 0.10) -> Progress:
 
 @dataclass(frozen=True)
 class Flat:
-    """A reward that did not move over 4 * `width` steps: `newest` compares the last two windows, `halves` all."""
+    """A reward that did not move over `steps` points: `halves` compares the earlier half with the later one.
 
-    width: int
-    newest: stats.TwoWindow
+    `mde` is the change from the first to the last of these points that would have shown: 2 * 2.8 standard errors of the
+    difference of the halves, which is half of what a straight line gains.
+    """
+
+    steps: int
     halves: stats.TwoWindow
+    mde: float
     level: float
     spread: float
 
@@ -168,9 +189,8 @@ class Flat:
 def flat_reward(run: RunView, share: float, flat_t: float) -> Flat | Unknown | None:
     """Whether the reward was flat where a change of `share` of its range would have shown; None if it moved.
 
-    Of 25, 50, 100 and 128 points the shortest window whose minimum detectable effect is small enough is taken. Over
-    four of them neighbours must not differ significantly, and the later two must differ from the earlier two by less
-    than the margin, with 95 % confidence, and |T| < `flat_t`.
+    Of 100, 200, 400 and 512 points the shortest span is taken over which such a change would show. No two neighbouring
+    quarters of it may differ significantly, and the change over all of it must be below that, with 95 % confidence.
     """
     window, spread = run.window(REWARD), reward_range(run)
     if window is None or len(window) < 100:
@@ -178,38 +198,28 @@ def flat_reward(run: RunView, share: float, flat_t: float) -> Flat | Unknown | N
     if spread is None:
         return Unknown("the range of the reward is not known: neither rewards/range nor reward_std is measured")
     margin = share * spread
-    width, newest = _window_for(window.values, margin)
-    if newest is None:
-        return Unknown("too few rewards to compare")
-    if newest.mde > margin:
-        need = math.ceil(width * (newest.mde / margin) ** 2)
+    for steps in (s for s in (100, 200, 400, 512) if s <= len(window)):
+        values = window.values[-steps:]
+        halves = stats.two_window(values[: steps // 2], values[steps // 2 :])
+        if halves is None:
+            return Unknown("too few rewards to compare")
+        mde = 2 * halves.mde
+        if mde <= margin:
+            break
+    else:
+        need = math.ceil(steps * (mde / margin) ** 2)
         return Unknown(
-            f"insufficient evidence: between two windows of {width} steps only a change of {newest.mde:.2g} would show, "
-            f"{newest.mde / spread:.1%} of the reward range (needed: {share:.1%}); windows of {need} steps would do"
+            f"insufficient evidence: over {steps} steps only a change of {mde:.2g} would show, {mde / spread:.1%} of the "
+            f"reward range (needed: {share:.1%}); {need} steps would do"
         )
-    if len(window) < 4 * width:
-        return Unknown(f"a flat reward takes 4 windows of {width} steps to show: {len(window)} of {4 * width} so far")
-    values = window.values[-4 * width :]
+    if abs(halves.t) >= flat_t or 2 * abs(halves.diff) + 4 * halves.se > margin:
+        return None
+    width = steps // 4
     for i in (0, width, 2 * width):
         two = stats.two_window(values[i : i + width], values[i + width : i + 2 * width])
         if two is None or abs(two.t) >= SIGNIFICANT:
             return None
-    halves = stats.two_window(values[: 2 * width], values[2 * width :])
-    if halves is None or abs(halves.t) >= flat_t or abs(halves.diff) + 2 * halves.se > margin:
-        return None
-    return Flat(width, newest, halves, float(values[-width:].mean()), spread)
-
-
-def _window_for(values: Array, margin: float) -> tuple[int, stats.TwoWindow | None]:
-    """The shortest window of 25, 50, 100, 128 that would show a change of `margin`; the longest possible if none."""
-    width, two = 25, None
-    for size in (25, 50, 100, 128):
-        if len(values) < 2 * size:
-            break
-        width, two = size, stats.two_window(values[-2 * size : -size], values[-size:])
-        if two is not None and two.mde <= margin:
-            break
-    return width, two
+    return Flat(steps, halves, mde, float(values[-width:].mean()), spread)
 
 
 def held_out_rises(run: RunView) -> bool:
