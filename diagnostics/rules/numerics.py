@@ -20,7 +20,7 @@ from outspoken.diagnostics.records import (
     Unknown,
     change_field,
 )
-from outspoken.diagnostics.rules.fixes import advise, consider, listed, say, scale_field, set_field
+from outspoken.diagnostics.rules.fixes import advise, consider, listed, say, scale_field, set_field, when_of
 from outspoken.diagnostics.rules.registry import (
     ANY_METHOD,
     DISTILLATION,
@@ -44,6 +44,7 @@ SIBLINGS_RL = ("kl", "entropy", "policy/approx_kl")
 
 HISTORY = 50  # points before a spike that it is compared with
 MIN_HISTORY = 20
+SPARSE = 4  # times further back, where most steps have nothing to compare with
 NEWEST = 30  # points that a divergence has to last
 
 
@@ -64,10 +65,13 @@ def lower_learning_rate(
 ) -> Suggestion:
     """`learning_rate` times `factor`, with `more` fields (name, old, new) in the same patch; `rest` as in `set_field`.
 
-    Without a patch if the config does not tell the present value.
+    Without a patch if the config does not tell the present value. A change that can be made live stays so: fields that
+    would need a restart are then left out.
     """
     rest.setdefault("risk", "low")
     cut = scale_field(run, id, "learning_rate", factor, side_effects=("slower learning",), **rest)
+    if cut.when == "live":
+        more = [change for change in more if when_of(run, change[0]) == "live"]
     if not cut.patch or not more:
         return cut
     ops = [op for name, old, new in more for op in change_field(name, old, new)]
@@ -384,8 +388,8 @@ def loss_spike(run: RunView, p: Params) -> Finding | Unknown | None:
     ## How it is decided
 
     Three consecutive points more than 6 robust standard deviations above the median of the 50 points before them; the
-    standard deviation counts as at least 5 % of the median, so the jump is at least 30 %. It is an error when the median
-    of 10 stays that high for 20 points. One high point is information, and only if it also stands out on a log scale
+    standard deviation counts as at least 5 % of the median, so the jump is at least 30 %. It is an error when 18 of 20
+    points stay that high. One high point is information, and only if it also stands out on a log scale
     and is more than twice the median. The comparison moves along, because the loss falls. RL losses are not read.
 
     ## When it is fine
@@ -423,8 +427,8 @@ def loss_spike(run: RunView, p: Params) -> Finding | Unknown | None:
     if older is not None:
         level, sd = _level(older, p.sd_floor)
         bound = level + p.z * sd
-        halves = stats.median(values[-stay:-10]), stats.median(values[-10:])
-        if min(halves) > bound and not _near_a_break(run, stay + 10):
+        high = np.count_nonzero(values[-stay:] > bound) >= 0.9 * stay
+        if high and stats.median(values[-10:]) > bound and not _near_a_break(run, stay + 10):
             return _spike_finding(run, p, "error", stay, level, sd, values[-stay:], window.steps[-stay:])
     median, sd = _level(before, p.sd_floor)
     high = (values[-k:] - median) / sd > p.z
@@ -562,10 +566,14 @@ def grad_spike(run: RunView, p: Params) -> Finding | Unknown | None:
     positive = before[before > 0]
     if len(positive) >= MIN_HISTORY and top <= p.ratio * stats.median(positive):
         return None
-    positive = before[(before > 0) & _has_advantage(run, window)[: -back - 1]]
+    # Where many steps have no advantage, 50 points with one reach further back.
+    longer = run.window("grad_norm", SPARSE * HISTORY + back + 1)
+    assert longer is not None  # `window` is not None
+    usable = (longer.values > 0) & _has_advantage(run, longer)
+    positive = longer.values[: -back - 1][usable[: -back - 1]][-HISTORY:]
     if len(positive) < MIN_HISTORY:
         return Unknown(
-            f"grad_norm: fewer than {MIN_HISTORY} of the last {HISTORY} points have a gradient to compare with"
+            f"grad_norm: fewer than {MIN_HISTORY} of the last {len(longer)} points have a gradient to compare with"
         )
     median = stats.median(positive)
     if top <= p.ratio * median:
@@ -631,7 +639,7 @@ def grad_spike(run: RunView, p: Params) -> Finding | Unknown | None:
 
 def _grad_spikes(run: RunView, p: Params) -> int:
     """Spikes of the newest `within` steps, each against the 50 points before it."""
-    window = run.window("grad_norm", int(p.within) + HISTORY)
+    window = run.window("grad_norm", int(p.within) + SPARSE * HISTORY)
     if window is None:
         return 0
     values, count = window.values, 0
@@ -639,8 +647,7 @@ def _grad_spikes(run: RunView, p: Params) -> int:
     for i in np.flatnonzero(values > p.ratio * float(values[usable].min(initial=math.inf))):
         if i < MIN_HISTORY or window.steps[i] <= run.step - p.within:
             continue
-        first = max(0, i - HISTORY)
-        before = values[first:i][usable[first:i]]
+        before = values[:i][usable[:i]][-HISTORY:]
         if len(before) < MIN_HISTORY or values[i] <= p.ratio * stats.median(before):
             continue
         z = stats.zlog(float(values[i]), before, p.sd_floor)
@@ -889,7 +896,9 @@ def divergence(run: RunView, p: Params) -> Finding | Unknown | None:
     recent = stats.median(newest[-10:])
     lowest = min(recent, stats.median(newest[:10]), stats.median(newest[10:20]))
     noise = stats.MAD_TO_SD * stats.median(np.abs(np.diff(newest))) / math.sqrt(2)
-    deff = stats.design_effect(stats.effective_phi(stats.lag1(newest), NEWEST))
+    tendency = stats.mann_kendall(newest)
+    assert tendency is not None  # there are enough points
+    deff = stats.design_effect(tendency.phi)  # of what is left when a trend is taken out
 
     ring = run.rings["loss"]
     blocks = [b for b in ring.blocks if b[0] >= run.segment_start]
