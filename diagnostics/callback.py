@@ -4,6 +4,9 @@ It measures (losses before any filter, gradient norms, phase times, memory, the 
 once per optimizer step, writes the run directory, prints what the engine says, and carries out requests from
 `control/` between two steps. Nothing here may stop or corrupt a run: every hook catches its own errors, says so
 once, and lets training go on.
+
+What happens between two steps (checkpoints, evaluation, logging) counts in the times of the step that follows. This
+library's own work is told apart as `time/diagnostics`, of the step before.
 """
 
 import atexit
@@ -23,22 +26,23 @@ from typing import Any
 import torch
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import outspoken
 from outspoken.diagnostics import changes, live, torch_probes
 from outspoken.diagnostics import probes as host_probes
 from outspoken.diagnostics.engine import Engine
 from outspoken.diagnostics.groups import RewardRange, group_signals
-from outspoken.diagnostics.patches import PatchRefused, check_patch
-from outspoken.diagnostics.recorder import Recorder
-from outspoken.diagnostics.records import Observation
-from outspoken.diagnostics.rundir import BadRequest, RunDirectory, read_json, read_jsonl
+from outspoken.diagnostics.patches import PatchRefused, check_patch, same_value
+from outspoken.diagnostics.recorder import GroupRewards, Recorder
+from outspoken.diagnostics.records import MAX_TEXT, Observation, as_number
+from outspoken.diagnostics.rundir import CHANGES, METRICS, RUN, BadRequest, RunDirectory, read_json, read_jsonl
 from outspoken.diagnostics.sinks import Guarded, default_sinks
 
 RUN_SCHEMA = "outspoken.run/1"
 RUN_FOLDER = "outspoken"  # the run directory is <output_dir>/outspoken
 
-METHODS = (  # trainer class name -> method; the first match in the class's ancestry counts
+METHODS = (  # part of a trainer's class name -> method; the first match counts
     ("GRPO", "grpo"),
     ("RLOO", "rloo"),
     ("PPO", "ppo"),
@@ -55,29 +59,36 @@ METHODS = (  # trainer class name -> method; the first match in the class's ance
 MEMORY_EVERY = 10  # steps between two looks at NVML and the host's memory
 GRADIENT_EVERY = 20  # steps between two looks at single gradient tensors
 FAILURES_BEFORE_OFF = 5
+ENDED = {"finished": "finished", "failed": "failed", "interrupted": "been interrupted"}
+CHECKPOINTS_KEPT = 50  # newest checkpoints remembered
+IGNORED_LABEL = -100
+LOGGED_BY_TRANSFORMERS = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "step", "total_flos"})
 HISTORY_REPLAYED = 20_000  # observations replayed into the engine when a run is resumed
 
 
 def method_of(trainer: Any) -> str:
     """The method a trainer trains by, from its class name or an ancestor's; a plain `Trainer` counts as "sft"."""
-    for cls in type(trainer).__mro__:
-        for part, method in METHODS:
-            if part in cls.__name__:
-                return method
-    return "sft"
+    names = [cls.__name__ for cls in type(trainer).__mro__]
+    for part, method in METHODS:
+        if f"{part}Trainer" in names:
+            return method
+    return next((method for name in names for part, method in METHODS if part in name), "sft")
 
 
 def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep an error of ours from reaching the training loop: report it once, give up after a few."""
+    """Keep an error of ours from reaching the training loop: tell it once, give up after a few. Counts our time."""
 
     @functools.wraps(hook)
     def safe(self: "DiagnosticsCallback", *args: Any, **kwargs: Any) -> None:
         if self._off:
             return
+        started = time.perf_counter()
         try:
             hook(self, *args, **kwargs)
         except Exception as error:
-            self._failed(hook.__name__, error)
+            self._failed(hook.__name__.strip("_"), error)
+        finally:
+            self._own_seconds += time.perf_counter() - started
 
     return safe
 
@@ -118,60 +129,64 @@ class DiagnosticsCallback(TrainerCallback):
         self.engine: Engine | None = None
         self.run_id: str | None = None
         self._run_dir = run_dir
-        self._params, self._ignore = params, list(ignore) if ignore is not None else None
-        self._sinks: list[Any] | None = None if sinks is None else [Guarded(sink) for sink in sinks]
+        self._params, self._ignore = params, ignore if ignore is None else list(ignore)
+        self._given_sinks = sinks
         self._method = method
         self._accept_requests = accept_requests
         self._trainer: Any = None
         self._recorder = Recorder()
+        self._undo: list[Callable[[], None]] = []
+        self._finished = True
+        self._reset_run()
+
+    def _reset_run(self) -> None:
+        """What belongs to one call of `train`."""
+        self.engine = None  # this and the writer are on rank 0 only
         self._writer: RunDirectory | None = None
+        self._sinks: list[Guarded] | None = None
         self._run_record: dict[str, Any] = {}
         self._args: Any = None
         self._optimizer: Any = None
         self._scheduler: Any = None
         self._model: Any = None
-        self._undo: list[Callable[[], None]] = []
-        self._off = False
-        self._bad_gradient = False
-        self._failures = 0
-        self._finished = True
-        self._optimizer_started: float | None = None
-        self._reset_step()
-        self._seen: dict[str, int] = {}
-        self._range = RewardRange()
         self._nvml: host_probes.NvmlProbe | None = None
+        self._range = RewardRange()
         self._trial: changes.Trial | None = None
+        self._carried_over: dict[str, Any] = {}  # changes of before a resume that hold on
         self._checkpoints: list[_Checkpoint] = []
         self._verdict_told: str | None = None
-        self._step_started = 0.0
-        self._restore_before: int | None = None
+        self._told: set[str] = set()  # notes and rules that were told once
+        self._seen: dict[str, tuple[Any, int]] = {}  # metric -> the trainer's list, and how much of it was read
+        self._measured: set[str] = set()  # names of the signals that are read at every step
+        self._bad_gradient = False
+        self._failures, self._off = 0, False
+        self._own_seconds = 0.0
         self._last_step = 0
+        self._reset_step()
+
+    def _reset_step(self) -> None:
+        self._losses: list[Any] = []
+        self._step_values: dict[str, Any] = {}
+        self._unsupervised: list[tuple[Any, int]] = []  # (rows without a label that counts, rows)
+        self._optimizer_started: float | None = None
+        self._optimizer_seconds = 0.0
+        self._step_started = time.perf_counter()
 
     # ------------------------------------------------------------------ attaching
 
     def attach(self, trainer: Any) -> None:
-        """Bind to a trainer before it trains. Our trainers call this; for others it is done when training starts."""
+        """Check the settings of the diagnostics before a trainer trains. Our trainers call this.
+
+        Raises:
+            ValueError: `params` or `ignore` name an unknown rule or parameter.
+        """
         self._trainer = trainer
-        self._recorder = getattr(trainer, "recorder", None) or self._recorder
-        # Mistakes in the user's own settings are errors of the user's, told before training.
-        args = trainer.args
         Engine(
             method=self._method or method_of(trainer),
             config={},
-            params=self._overrides(args),
-            ignore=self._ignored(args),
+            params=self._overrides(trainer.args),
+            ignore=self._ignored(trainer.args),
         )
-        original = trainer.train
-
-        @functools.wraps(original)
-        def train(*a: Any, **k: Any) -> Any:
-            try:
-                return original(*a, **k)
-            except BaseException as error:
-                self._close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-                raise
-
-        trainer.train = train
 
     def _overrides(self, args: Any) -> Mapping[str, Mapping[str, Any]] | None:
         if self._params is not None:
@@ -197,59 +212,61 @@ class DiagnosticsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer is None:
-            self._trainer = self._find_trainer()
-            self._recorder = getattr(self._trainer, "recorder", None) or self._recorder
-        self._params, self._ignore = self._overrides(args), self._ignored(args)
+        self._close("failed")  # what ended without a word, such as a batch size that auto_find_batch_size gave up
+        self._reset_run()
+        self._trainer = self._find_trainer() or self._trainer
+        if self._trainer is not None:
+            self.attach(self._trainer)  # mistakes in the user's own settings are told before training
+        self._recorder = getattr(self._trainer, "recorder", None) or Recorder()
+        self._optimizer, self._scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
+        if state.global_step > 0:
+            kept: list[Any] = []
+            if state.is_world_process_zero:
+                self._find_kept_changes(args, state.global_step, kept)
+            self._carry_over(args, self._share(args, kept))
         self._begin(args, state, **kwargs)
 
     @_guarded
     def _begin(self, args: Any, state: Any, model: Any = None, **kwargs: Any) -> None:
         self._args, self._model = args, model
-        self._optimizer, self._scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
-        self._seen, self._reset = {}, None
-        self._finished = False
         self._last_step = state.global_step
+        self._finished = False
         self._instrument()
-        if not state.is_world_process_zero:
-            return
-        self._start_run(args, state)
-        self._step_started = time.perf_counter()
-        atexit.register(self._at_exit)
+        if state.is_world_process_zero:
+            try:
+                self._start_run(args, state)
+            except Exception:
+                self.engine, self._writer = None, None
+                raise
+            atexit.register(self._at_exit)
+        self._reset_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._before_optimizer(state)
+        self._optimizer_started = time.perf_counter()
 
     @_guarded
     def _before_optimizer(self, state: Any) -> None:
+        if self.engine is None:
+            return
         if self._optimizer is not None:
             self._step_values["learning_rate"] = self._optimizer.param_groups[0]["lr"]
-        if self.engine is not None and self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None:
-            clipped = torch_probes.gradient_facts(self._model).get("grad_norm")
-            if clipped is not None:
-                self._step_values["grad_norm_clipped"] = clipped
-        self._optimizer_started = time.perf_counter()
+        if self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None:
+            self._step_values["grad_norm_clipped"] = torch_probes.gradient_facts(self._model).get("grad_norm")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._optimizer_started is not None:
-            elapsed = time.perf_counter() - self._optimizer_started
-            self._optimizer_seconds += elapsed
+            self._optimizer_seconds += time.perf_counter() - self._optimizer_started
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last_step = state.global_step
         actions: list[dict[str, Any]] = []
-        if self.engine is not None and not self._off:
-            started = time.perf_counter()
-            try:
-                actions = self._observe_step(state)
-            except Exception as error:
-                self._failed("on_step_end", error)
-            self._own_seconds = time.perf_counter() - started
-        self._reset_step()
-        self._recorder.take() if self.engine is None else None
-        actions = self._share(args, actions)
-        for action in actions:
+        if self.engine is not None:
+            self._observe_step(state, actions)
+        self._recorder.take()  # what nobody took
+        for action in self._share(args, actions):
             self._carry_out(action)
-        self._step_started = time.perf_counter()
+        self._reset_step()
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kw: Any
@@ -258,58 +275,45 @@ class DiagnosticsCallback(TrainerCallback):
 
     @_guarded
     def _evaluated(self, state: Any, metrics: dict[str, Any]) -> None:
-        if self.engine is None or self._finished:
-            return
-        values = {k: v for k, v in metrics.items() if k.startswith("eval_")}
-        self._tell(Observation.from_raw(state.global_step, values, time.time(), state.epoch))
+        if self.engine is not None and not self._finished:
+            values = {k: v for k, v in metrics.items() if k.startswith("eval_")}
+            self._tell(Observation.from_raw(state.global_step, values, time.time(), state.epoch))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
         self._logged(state, logs or {})
 
     @_guarded
     def _logged(self, state: Any, logs: dict[str, Any]) -> None:
-        """Metrics are read at every step; here only those that a trainer logs by other ways are picked up."""
-        self._seen.clear()  # the trainer's lists of metrics start anew after each log
+        """Pick up what a trainer logs and does not show at every step; all else was measured when the step ended."""
         if self.engine is None or self._finished or any(k.startswith("eval_") for k in logs):
             return
-        known = {"loss", "grad_norm", "learning_rate", "epoch", "step", "total_flos", "train_loss", "train_runtime"}
-        rings = self.engine.view.rings
-        extra = {k: v for k, v in logs.items() if k not in known and k not in rings and not k.startswith("train_")}
-        self._logged_only.update(dict.fromkeys(extra))
-        picked = {k: logs[k] for k in self._logged_only if k in logs}
+        known = LOGGED_BY_TRANSFORMERS | self._measured | self._metric_lists().keys()
+        picked = {k: v for k, v in logs.items() if k not in known and not k.startswith("train_") and v is not None}
         if picked:
             self._tell(Observation.from_raw(state.global_step, picked, time.time(), state.epoch))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._saved(args, state)
+        self._saved(args, state.global_step)
 
     @_guarded
-    def _saved(self, args: Any, state: Any) -> None:
-        if self.engine is None:
-            return
-        path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        good = not self._errors() and self.engine.verdict()["state"] not in ("broken", "collapsing")
-        self._checkpoints.append(_Checkpoint(state.global_step, path, good))
-        del self._checkpoints[:-50]
+    def _saved(self, args: Any, step: int) -> None:
+        if self.engine is not None:
+            good = not self._errors() and self.engine.verdict()["state"] not in ("broken", "collapsing")
+            self._checkpoints.append(_Checkpoint(step, _checkpoint_path(args, step), good))
+            del self._checkpoints[:-CHECKPOINTS_KEPT]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close("finished")
 
     # ------------------------------------------------------------------ measuring
 
-    def _reset_step(self) -> None:
-        self._losses: list[Any] = []
-        self._step_values: dict[str, float] = {}
-        self._optimizer_started = None
-        self._optimizer_seconds = 0.0
-        self._own_seconds = getattr(self, "_own_seconds", 0.0)
-        self._logged_only: dict[str, None] = getattr(self, "_logged_only", {})
-
     def _instrument(self) -> None:
         """Wrap the trainer's own methods on the instance, so that phases are timed and raw values seen."""
         trainer = self._trainer
         if trainer is None:
             return
+        for name in ("_evaluate", "_run_epoch", "_finalize_training"):  # all that follows on_train_begin
+            self._wrap(name, self._until_it_fails)
         self._wrap("training_step", self._around_training_step)
         self._wrap("get_batch_samples", self._timed("data"))
         self._wrap("_clip_grad_norm", self._around_clip)
@@ -317,7 +321,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._wrap("_save_checkpoint", self._timed("save"))
         self._wrap("evaluate", self._timed("eval"))
         if not hasattr(trainer, "recorder"):  # ours times these itself
-            self._wrap("_generate", self._timed("generate"))
+            self._wrap("_generate", self._timed("generate", in_eval=False))
             self._wrap("_calculate_rewards", self._around_rewards)
 
     def _wrap(self, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -336,9 +340,25 @@ class DiagnosticsCallback(TrainerCallback):
 
         self._undo.append(undo)
 
-    def _timed(self, phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def _until_it_fails(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Callbacks are not told when training ends by an exception."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **kwargs)
+            except BaseException as error:
+                self._close("interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
+                raise
+
+        return watched
+
+    def _timed(self, phase: str, in_eval: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Time the calls of a method as a phase; with `in_eval=False` those of evaluation are left to that."""
+
         def around(original: Callable[..., Any]) -> Callable[..., Any]:
             def timed(*args: Any, **kwargs: Any) -> Any:
+                if not in_eval and not self._trainer.model.training:
+                    return original(*args, **kwargs)
                 with self._recorder.phase(phase):
                     return original(*args, **kwargs)
 
@@ -356,61 +376,68 @@ class DiagnosticsCallback(TrainerCallback):
 
         return training_step
 
+    @_guarded
     def _look_at_labels(self, args: tuple[Any, ...]) -> None:
         """Rows without one label that counts, for trainers that do not report them themselves."""
-        if hasattr(self._trainer, "recorder") or len(args) < 2 or not isinstance(args[1], Mapping):
+        if self.engine is None or hasattr(self._trainer, "recorder"):
             return
-        labels = args[1].get("labels")
+        labels = args[1].get("labels") if len(args) > 1 and isinstance(args[1], Mapping) else None
         if isinstance(labels, torch.Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-            counted = (labels != -100).any(dim=1)
-            self._recorder.count("samples/no_supervised", int((~counted).sum()), counted.numel())
+            without = (
+                (labels == IGNORED_LABEL).all(dim=1).sum()
+            )  # read when the step has ended: no wait for the device
+            self._unsupervised.append((without, len(labels)))
 
     def _around_clip(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def clip(model: Any) -> Any:
-            self._look_at_gradients(model)
+        def clip(*args: Any, **kwargs: Any) -> Any:
+            self._look_at_gradients()
             with self._recorder.phase("optimizer"):
-                norm = original(model)
+                norm = original(*args, **kwargs)
             self._step_values["grad_norm"] = norm
             return norm
 
         return clip
 
     def _around_grad_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def grad_norm(model: Any, grad_norm: Any = None) -> Any:
-            norm = original(model, grad_norm=grad_norm)
+        def grad_norm(*args: Any, **kwargs: Any) -> Any:
+            if "grad_norm" not in self._step_values:  # max_grad_norm=0: nothing was clipped
+                self._look_at_gradients()
+            norm = original(*args, **kwargs)
             self._step_values["grad_norm"] = norm
             return norm
 
         return grad_norm
 
     @_guarded
-    def _look_at_gradients(self, model: Any) -> None:
-        """Single tensors before clipping, now and then, and after a step whose gradient was not finite."""
-        if self.engine is None or not (self._due(self._last_step + 1, GRADIENT_EVERY) or self._bad_gradient):
+    def _look_at_gradients(self) -> None:
+        """Single tensors before clipping: now and then, and where the loss or the last gradient was not finite."""
+        if self.engine is None or self._model is None:
             return
-        facts = torch_probes.gradient_facts(model)
+        due = self._due(self._last_step + 1, GRADIENT_EVERY) or self._bad_gradient
+        if not due and all(math.isfinite(float(loss)) for loss in self._losses):
+            return
+        facts = torch_probes.gradient_facts(self._model)
         self._step_values.update({k: facts[k] for k in ("grad/zero_share", "grad/nonfinite") if k in facts})
         if facts.get("grad/nonfinite_names"):
             self.engine.view.facts["grad/nonfinite_names"] = facts["grad/nonfinite_names"]
 
     def _around_rewards(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        timed = self._timed("score", in_eval=False)(original)
+
         def calculate_rewards(*args: Any, **kwargs: Any) -> Any:
-            with self._recorder.phase("score"):
-                per_function = original(*args, **kwargs)
-            try:
-                self._hand_over_rewards(per_function)
-            except Exception as error:
-                self._failed("rewards", error)
+            per_function = timed(*args, **kwargs)
+            self._hand_over_rewards(per_function)
             return per_function
 
         return calculate_rewards
 
+    @_guarded
     def _hand_over_rewards(self, per_function: Any) -> None:
         """TRL's scores, (samples, functions), as groups: its generations of a prompt lie next to each other."""
         trainer = self._trainer
-        group = int(trainer.num_generations)
-        if not trainer.model.training or per_function.shape[0] % group:
+        if self.engine is None or not trainer.model.training:
             return
+        group = int(trainer.num_generations)
         weights = trainer.reward_weights.to(per_function.device).unsqueeze(0)
         total = (per_function * weights).nansum(dim=1)
         total[per_function.isnan().all(dim=1)] = math.nan
@@ -418,37 +445,48 @@ class DiagnosticsCallback(TrainerCallback):
             name: per_function[:, i].view(-1, group).tolist() for i, name in enumerate(trainer.reward_func_names)
         }
         self._recorder.rewards(total.view(-1, group).tolist(), columns)
-        self._recorder.set("num_completions", per_function.shape[0])
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step <= 2
 
     def _measure(self, state: Any) -> dict[str, Any]:
-        """All signals of the step that just ended."""
+        """All signals of the step that just ended, as raw as they came."""
         step = state.global_step
-        values: dict[str, Any] = {}
         taken = self._recorder.take()
-        values.update(self._new_metrics())
-        values.update(taken.signals)
-        for rewards in taken.rewards:
-            values.update(group_signals(rewards.total, rewards.per_function, self._range))
+        values: dict[str, Any] = self._new_metrics() | taken.signals | self._reward_signals(taken.rewards)
+        if self._unsupervised:
+            rows = sum(n for _, n in self._unsupervised)
+            values["samples/no_supervised"] = sum(int(k) for k, _ in self._unsupervised) / rows
+            values["samples/no_supervised#n"] = rows
         if self._losses:
-            values["loss"] = float(sum(float(loss) for loss in self._losses))
-        values.update({k: _number(v) for k, v in self._step_values.items()})
+            values["loss"] = sum(float(loss) for loss in self._losses)
+        values |= {k: as_number(v) for k, v in self._step_values.items()}
         if self._optimizer_seconds:
             values["time/optimizer"] = values.get("time/optimizer", 0.0) + self._optimizer_seconds
         values["time/step"] = time.perf_counter() - self._step_started
-        values["time/diagnostics"] = self._own_seconds
+        values["time/diagnostics"], self._own_seconds = self._own_seconds, 0.0
         grad_norm = values.get("grad_norm")
         self._bad_gradient = grad_norm is not None and not math.isfinite(grad_norm)
         if self._bad_gradient and self._model is not None:
             values["parameters/nonfinite"] = torch_probes.nonfinite_parameters(self._model)
         device = self._args.device
         if device.type == "cuda":
-            values.update(torch_probes.allocator_memory(device, reset_peak=True))
+            values |= torch_probes.allocator_memory(device, reset_peak=True)
         if self._due(step, MEMORY_EVERY):
-            values.update(self._memory())
+            values |= self._memory()
+        self._measured |= values.keys()
         return values
+
+    def _reward_signals(self, batches: list[GroupRewards]) -> dict[str, float]:
+        """Signals of the reward matrices of the step's generation batches, taken as one."""
+        if not batches:
+            return {}
+        total = [group for batch in batches for group in batch.total]
+        columns = {
+            name: [group for batch in batches for group in batch.per_function[name]]
+            for name in batches[0].per_function
+        }
+        return {"num_completions": sum(map(len, total)), **group_signals(total, columns, self._range)}
 
     def _memory(self) -> dict[str, float]:
         values = {**host_probes.host_memory(), **host_probes.cgroup_memory()}
@@ -456,39 +494,71 @@ class DiagnosticsCallback(TrainerCallback):
             values.update(self._nvml.read())
         return values
 
-    def _new_metrics(self) -> dict[str, float]:
-        """Mean of what the trainer appended to its lists of metrics during this step, NaN left out as it does."""
+    def _metric_lists(self) -> Mapping[str, Any]:
+        """Metric -> the values since the last log, where a trainer collects them as ours and TRL's do."""
         lists = getattr(self._trainer, "_metrics", None)
-        if not isinstance(lists, Mapping) or "train" not in lists:
-            return {}
-        values = {}
-        for name, entries in lists["train"].items():
-            seen = self._seen.get(name, 0)
-            if len(entries) < seen:  # the trainer began a new list
-                seen = 0
-            new = [float(v) for v in entries[seen:] if v is not None]
-            replaced = name == "num_tokens" and len(entries) == 1  # a running total kept in a list of one
-            self._seen[name] = 0 if replaced else len(entries)
-            finite = [v for v in new if not math.isnan(v)]
+        lists = lists.get("train") if isinstance(lists, Mapping) else None
+        return lists if isinstance(lists, Mapping) else {}
+
+    def _new_metrics(self) -> dict[str, Any]:
+        """Mean of what the trainer appended to its lists of metrics during this step, NaN left out as it does."""
+        values: dict[str, Any] = {}
+        for name, entries in self._metric_lists().items():
+            if not isinstance(entries, list):
+                continue
+            known, seen = self._seen.get(name, (None, 0))
+            new = entries[seen if known is entries else 0 :]  # after a log the trainer begins a new list
+            self._seen[name] = (entries, len(entries))
+            if not new:
+                continue
+            numbers = [as_number(value) for value in new]
+            finite = [x for x in numbers if x is not None and not math.isnan(x)]
             if finite:
                 values[name] = sum(finite) / len(finite)
-            elif new:
-                values[name] = math.nan
+            else:
+                values[name] = math.nan if None not in numbers else new[-1]
         return values
 
     # ------------------------------------------------------------------ the engine's side, rank 0 only
 
+    def _folder(self, args: Any) -> Path:
+        return Path(self._run_dir) if self._run_dir is not None else Path(args.output_dir) / RUN_FOLDER
+
+    @_guarded
+    def _find_kept_changes(self, args: Any, step: int, kept: list[dict[str, Any]]) -> None:
+        """Put the settings that were changed live before the checkpoint of `step` into `kept`.
+
+        Who starts the run again does so with the settings of its first start. A setting that was edited since holds.
+        """
+        if not self._accept_requests or _previous_run(self._folder(args)) is None:
+            return
+        asked, _ = read_jsonl(self._folder(args) / CHANGES)
+        observed, _ = read_jsonl(self._folder(args) / METRICS)
+        config, fields = live.config_of(args), live.live_fields(self._trainer, args)
+        for name, (old, new) in changes.lasting(asked, observed, step).items():
+            if name in fields and same_value(config.get(name), old):
+                kept.append({name: new})
+
+    @_guarded
+    def _carry_over(self, args: Any, kept: list[dict[str, Any]]) -> None:
+        self._carried_over = {name: new for field in kept for name, new in field.items()}
+        # The checkpoint's schedule and optimizer have the changed learning rate already, if it holds them.
+        schedule = getattr(self._scheduler, "scheduler", self._scheduler)
+        not_loaded = args.learning_rate in getattr(schedule, "base_lrs", ())
+        rates = (self._optimizer, self._scheduler) if not_loaded else (None, None)
+        live.apply_fields(self._trainer, args, self._carried_over, *rates)
+
     def _start_run(self, args: Any, state: Any) -> None:
         trainer = self._trainer
         method = self._method or (method_of(trainer) if trainer is not None else "sft")
-        folder = Path(self._run_dir) if self._run_dir is not None else Path(args.output_dir) / RUN_FOLDER
-        resumed = state.global_step > 0
-        previous = _previous_run(folder)
-        if not resumed:
-            previous = None  # another run that wrote here is set aside by the writer
+        folder = self._folder(args)
+        # From step 0 it is another run; the writer sets aside what one before it left here.
+        previous = _previous_run(folder) if state.global_step > 0 else None
         self.run_id = previous["id"] if previous is not None else _new_run_id(method)
+        self._sinks = self._make_sinks()
         config = live.config_of(args)
-        bounds = live.live_fields(trainer, args)
+        config = live.config_of(args)
+        bounds = live.live_fields(trainer, args) if self._accept_requests else {}
         facts: dict[str, Any] = {
             "live_fields": sorted(bounds),
             "world_size": config["world_size"],
@@ -502,17 +572,18 @@ class DiagnosticsCallback(TrainerCallback):
             method=method,
             config=config,
             facts=facts,
-            params=self._params,
-            ignore=self._ignore or (),
+            params=self._overrides(args),
+            ignore=self._ignored(args),
             total_steps=state.max_steps or None,
             run_id=self.run_id,
         )
-        if self._sinks is None:
-            self._sinks = list(default_sinks(os.environ, self.run_id))
         self._writer = RunDirectory(folder, resume=previous is not None, say=self._note)
         if previous is not None:
-            self._replay(folder, state.global_step)
+            self._replay(folder, args, state.global_step)
             self.engine.open_segment(state.global_step, "resumed", config)
+            if self._carried_over:
+                kept = ", ".join(f"{name}={value}" for name, value in self._carried_over.items())
+                self._note(f"resumed with the changes made before step {state.global_step}: {kept}")
         self._run_record = {
             "schema": RUN_SCHEMA,
             "id": self.run_id,
@@ -538,42 +609,45 @@ class DiagnosticsCallback(TrainerCallback):
         self._writer.write_run(self._run_record)
         self._writer.write_verdict(self.engine.verdict())
 
-    def _replay(self, folder: Path, step: int) -> None:
+    def _make_sinks(self) -> list[Guarded]:
+        if self._given_sinks is None:
+            return default_sinks(os.environ, self.run_id)
+        return [sink if isinstance(sink, Guarded) else Guarded(sink) for sink in self._given_sinks]
+
+    def _replay(self, folder: Path, args: Any, step: int) -> None:
         """Give a resumed run's engine what it had seen before the checkpoint."""
         assert self.engine is not None
-        records, _ = read_jsonl(folder / "metrics.jsonl")
-        old = [r for r in records if isinstance(r.get("step"), int) and r["step"] <= step][-HISTORY_REPLAYED:]
+        records, _ = read_jsonl(folder / METRICS)
         segment = 0
-        for record in old:
+        for record in changes.surviving(records, step)[-HISTORY_REPLAYED:]:
             if record.get("segment", 0) != segment:
                 segment = record.get("segment", 0)
                 self.engine.open_segment(record["step"], "as recorded")
-            values = {k: v for k, v in record.get("signals", {}).items() if v is not None}
-            self.engine.observe(
-                Observation(
-                    record["step"], values, record.get("nonfinite", {}), {}, record.get("time"), record.get("epoch")
-                )
-            )
+            raw = {**record["signals"], **record.get("nonfinite", {})}  # "nan" and its like are read as numbers
+            self.engine.observe(Observation.from_raw(record["step"], raw, record.get("time"), record.get("epoch")))
+            if os.path.isdir(_checkpoint_path(args, record["step"])):
+                self._saved(args, record["step"])
+        self.engine.view.segment = max((r["segment"] for r in records if isinstance(r.get("segment"), int)), default=0)
+        seen = self.engine.view
+        self._range = RewardRange(seen.last("rewards/min_seen"), seen.last("rewards/max_seen"))
 
-    def _observe_step(self, state: Any) -> list[dict[str, Any]]:
+    @_guarded
+    def _observe_step(self, state: Any, actions: list[dict[str, Any]]) -> None:
+        """Measure the step, tell everybody, and put what is to be done about it into `actions`."""
         assert self.engine is not None and self._writer is not None
-        self._last_step = state.global_step
-        observation = Observation.from_raw(state.global_step, self._measure(state), time.time(), state.epoch)
-        self._tell(observation)
+        self._tell(Observation.from_raw(state.global_step, self._measure(state), time.time(), state.epoch))
         self._writer.heartbeat(state.global_step)
-        actions = []
         if self._trial is not None:
-            actions += self._judge_trial()
-        if self._accept_requests:
+            actions += self._judge_trial(self._trial)
+        if not actions:  # otherwise requests wait until the rollback is done
             actions += self._requests(state.global_step)
-        return actions
 
     def _tell(self, observation: Observation) -> None:
         """One observation to the engine, to disk, and what follows from it to everybody."""
         assert self.engine is not None and self._writer is not None
         transitions = self.engine.observe(observation)
         self._writer.append_observation(observation, self.engine.view.segment)
-        for sink in self._sinks or []:
+        for sink in self._sinks or ():
             sink.observation(observation.step, observation.signals)
         self._publish(transitions)
 
@@ -582,13 +656,13 @@ class DiagnosticsCallback(TrainerCallback):
         for transition in transitions:
             if transition.kind == "transition":
                 self._writer.append_diagnostic(transition.record)
-            for sink in self._sinks or []:
+            for sink in self._sinks or ():
                 sink.transition(transition)
         verdict = self.engine.verdict()
         if verdict["state"] != self._verdict_told:
             self._verdict_told = verdict["state"]
             self._writer.write_verdict(verdict)
-            for sink in self._sinks or []:
+            for sink in self._sinks or ():
                 sink.verdict(verdict)
         elif transitions or self.engine.view.points % 20 == 0:
             self._writer.write_verdict(verdict)
@@ -596,7 +670,9 @@ class DiagnosticsCallback(TrainerCallback):
         if digest:
             self._note(digest)
         for code, reason in self.engine.failed_rules().items():
-            self._note_once(f"rule {code} is not evaluated: {reason}")
+            if code not in self._told:
+                self._told.add(code)
+                self._note(f"rule {code} cannot judge: {reason}; training goes on")
 
     def _errors(self) -> frozenset[str]:
         if self.engine is None:
@@ -610,140 +686,159 @@ class DiagnosticsCallback(TrainerCallback):
     # ------------------------------------------------------------------ changes
 
     def _requests(self, step: int) -> list[dict[str, Any]]:
-        """Take what agents asked for: one change at a time, the others wait or are refused with a reason."""
-        assert self._writer is not None and self.engine is not None
-        actions = []
+        """Take what agents asked for: one change at a time, all others are refused with a reason."""
+        assert self._writer is not None
+        action: dict[str, Any] | None = None
         for request in self._writer.requests():
             if isinstance(request, BadRequest):
-                self._change({"id": request.id, "patch": [], "actor": "unknown"}, "rejected", request.reason)
+                self._change({"id": request.id}, "rejected", request.reason)
                 self._writer.done(request.id)
                 continue
-            action = self._consider(request, step)
-            if action is not None:
-                actions.append(action)
+            self._change(request, "requested")
+            found = self._consider(request, step, action)
+            if isinstance(found, str):
+                self._change(request, "rejected", found)
+            else:
+                action = found
             self._writer.done(request["id"])
-        return actions
+        return [] if action is None else [action]
 
-    def _consider(self, request: dict[str, Any], step: int) -> dict[str, Any] | None:
+    def _consider(self, request: dict[str, Any], step: int, accepted: dict[str, Any] | None) -> dict[str, Any] | str:
+        """What to do about a request, or why it is refused."""
         assert self.engine is not None
-        self._change(request, "requested", "")
+        if not self._accept_requests:
+            return "this run takes no requests (accept_requests=False)"
         if self._trial is not None:
-            other = self._trial.record["id"]
-            self._change(request, "rejected", f"change {other} is on trial until step {self._trial.deadline}")
-            return None
+            return f"change {self._trial.record['id']} is on trial until step {self._trial.deadline}"
+        if accepted is not None:
+            return f"change {accepted['request']['id']} was asked for first; one change is tried at a time"
         config = self.engine.view.config
         try:
             fields = check_patch(request["patch"], config, live.live_fields(self._trainer, self._args))
         except PatchRefused as refused:
-            self._change(request, "rejected", str(refused))
-            return None
-        new = {name: pair[1] for name, pair in fields.items()}
+            return str(refused)
+        new = {name: value for name, (_, value) in fields.items()}
         reason = live.refusal(self._trainer, config, new)
         if reason is not None:
-            self._change(request, "rejected", reason)
-            return None
-        request = {**request, "fields": {name: {"old": old, "new": value} for name, (old, value) in fields.items()}}
+            return reason
         restore = None
         if request.get("restore"):
-            checkpoint = self._last_good_checkpoint(request, step)
-            if checkpoint is None:
-                lack = "no good checkpoint from before the trouble is there; save_steps says how often one is written"
-                self._change(request, "rejected", lack)
-                return None
-            restore = checkpoint.path
+            restore = self._last_good_checkpoint(request, step)
+            if restore is None:
+                return "no good checkpoint from before the trouble is there; save_steps says how often one is written"
+        request = {**request, "fields": {name: {"old": old, "new": value} for name, (old, value) in fields.items()}}
         return {"set": new, "restore": restore, "request": request, "why": "apply"}
 
-    def _judge_trial(self) -> list[dict[str, Any]]:
-        assert self._trial is not None and self.engine is not None
-        trial = self._trial
+    def _judge_trial(self, trial: changes.Trial) -> list[dict[str, Any]]:
+        assert self.engine is not None
         judgement = changes.judge(trial, self.engine.view, self._errors())
         if judgement is None:
             return []
         self._trial = None
         self._change(trial.record, judgement.outcome, judgement.reason, dict(judgement.observed))
+        if judgement.outcome == "failed":  # rules propose something else next time
+            failed = self.engine.view.facts.setdefault("failed_changes", [])
+            failed.append(trial.record["fields"])
+            del failed[:-20]
         if judgement.outcome == "verified" or not trial.record.get("rollback_on_failure"):
             return []
         old = {name: pair["old"] for name, pair in trial.record["fields"].items()}
-        checkpoint = self._last_good_checkpoint(trial.record, trial.step)
-        return [
-            {
-                "set": old,
-                "restore": None if checkpoint is None else checkpoint.path,
-                "request": trial.record,
-                "why": "rollback",
-            }
-        ]
+        restore = self._last_good_checkpoint(trial.record, trial.step)
+        return [{"set": old, "restore": restore, "request": trial.record, "why": "rollback"}]
 
-    def _last_good_checkpoint(self, request: Mapping[str, Any], step: int) -> _Checkpoint | None:
-        """The newest checkpoint from before `step`, and before what the change is to cure began."""
-        onset = step
+    def _last_good_checkpoint(self, request: Mapping[str, Any], step: int) -> str | None:
+        """The newest checkpoint of `step` or before it, from before what the change is to cure began."""
         assert self.engine is not None
+        if getattr(self._trainer, "is_deepspeed_enabled", False):
+            return None  # DeepSpeed loads checkpoints into an engine that has just been started only
         for record in self.engine.diagnostics().values():
             if record["id"] == request.get("diagnostic") and record["onset_step"] is not None:
-                onset = min(onset, record["onset_step"])
+                step = min(step, record["onset_step"] - 1)
         for checkpoint in reversed(self._checkpoints):
-            if checkpoint.step <= onset and checkpoint.good and os.path.isdir(checkpoint.path):
-                return checkpoint
+            if checkpoint.step <= step and checkpoint.good and os.path.isdir(checkpoint.path):
+                return checkpoint.path
         return None
 
-    def _share(self, args: Any, actions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """All ranks carry out what rank 0 decided, at the same step."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or args.world_size == 1:
-            return actions
-        box = [actions]
+    def _share(self, args: Any, decided: list[Any]) -> list[Any]:
+        """What rank 0 decided, on every rank, so that all do the same at the same step."""
+        if not self._accept_requests or args.world_size == 1 or not torch.distributed.is_initialized():
+            return decided
+        box = [decided]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def _carry_out(self, action: dict[str, Any]) -> None:
-        request, step = action["request"], self._last_step
+        """Make a change, on every rank; rank 0 also keeps the record. An error leaves the settings as they were."""
+        request, restore = action["request"], action["restore"]
+        applies = action["why"] == "apply"
         try:
             trial = None
-            if self.engine is not None and action["why"] == "apply":
+            if self.engine is not None and applies:
                 trial = changes.start_trial(request, self.engine.view, self._errors())
-            if action["restore"] is not None:
-                self._restore(action["restore"])
+            if restore is not None:
+                self._restore(restore)
             live.apply_fields(self._trainer, self._args, action["set"], self._optimizer, self._scheduler)
         except Exception as error:
-            self._failed("applying a change", error)
-            if self.engine is not None:
-                self._change(request, "failed", f"could not be applied: {type(error).__name__}: {error}")
+            self._undo_change(action, error)
             return
+        self._record_change(action, trial)
+
+    @_guarded
+    def _undo_change(self, action: dict[str, Any], error: Exception) -> None:
+        was = {
+            name: pair["old" if action["why"] == "apply" else "new"]
+            for name, pair in action["request"]["fields"].items()
+        }
+        try:
+            live.apply_fields(self._trainer, self._args, was, self._optimizer, self._scheduler)
+        finally:
+            if self.engine is not None:
+                self._change(action["request"], "failed", f"could not be applied: {type(error).__name__}: {error}")
+
+    @_guarded
+    def _record_change(self, action: dict[str, Any], trial: changes.Trial | None) -> None:
+        """Open a segment with the new config, and start the trial of the change."""
         if self.engine is None or self._writer is None:
             return
+        request, restore = action["request"], action["restore"]
         config = live.config_of(self._args)
-        self.engine.open_segment(step, f"change {request['id']}", config)
+        self.engine.open_segment(self._last_step, f"change {request['id']}", config)
         self._run_record |= {
             "config": config,
             "config_rev": self.engine.config_rev,
             "segment": self.engine.view.segment,
         }
-        self._writer.write_run(self._run_record | {"step": step, "heartbeat": time.time()})
+        self._writer.write_run(self._run_record | {"step": self._last_step, "heartbeat": time.time()})
         if action["why"] == "apply":
             self._trial = trial
-            source = action["restore"]
-            self._change(request, "applied", f"weights and optimizer first went back to {source}" if source else "")
+            went_back = f"weights and optimizer first went back to {restore}" if restore else ""
+            self._change(request, "applied", went_back)
         else:
-            source = action["restore"]
-            said = f"weights and optimizer from {source}" if source else "settings only: no good checkpoint is older"
-            self._change(request, "rolled_back", said)
+            what = f"weights and optimizer from {restore}" if restore else "settings only: no good checkpoint is older"
+            self._change(request, "rolled_back", what)
 
     def _restore(self, checkpoint: str) -> None:
         """Load weights and optimizer state of a checkpoint into the live run. The step counter and schedule go on."""
-        trainer = self._trainer
-        scheduler_state = self._scheduler.state_dict() if self._scheduler is not None else None
+        trainer, scheduler = self._trainer, self._scheduler
+        schedule = None if scheduler is None else scheduler.state_dict()
         trainer._load_from_checkpoint(checkpoint, trainer.model)
         trainer._load_optimizer_and_scheduler(checkpoint)
-        if scheduler_state is not None:
-            self._scheduler.load_state_dict(scheduler_state)
-            scheduler = getattr(self._scheduler, "scheduler", self._scheduler)
-            for group, rate in zip(self._optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        if schedule is not None:
+            scheduler.load_state_dict(schedule)
+            inner = getattr(scheduler, "scheduler", scheduler)
+            base = getattr(inner, "base_lrs", None) or [None] * len(self._optimizer.param_groups)
+            for group, rate, peak in zip(self._optimizer.param_groups, inner.get_last_lr(), base, strict=True):
                 group["lr"] = rate
-        if hasattr(trainer, "_buffered_inputs"):
-            trainer._buffered_inputs = None  # rollouts of the policy that was thrown away
+                if peak is not None:
+                    group["initial_lr"] = peak
+        for rollouts in ("_buffered_inputs", "_micro_batches"):  # TRL's and ours: of the policy that was thrown away
+            if hasattr(trainer, rollouts):
+                setattr(trainer, rollouts, None)
 
     def _change(
-        self, request: dict[str, Any], state: str, reason: str, observed: dict[str, Any] | None = None
+        self, request: dict[str, Any], state: str, reason: str = "", observed: dict[str, Any] | None = None
     ) -> None:
+        """Record that a change entered a state."""
         assert self.engine is not None and self._writer is not None
         record = {
             "schema": changes.SCHEMA,
@@ -765,12 +860,13 @@ class DiagnosticsCallback(TrainerCallback):
             "run": self.run_id,
         }
         self._writer.append_change(record)
-        for sink in self._sinks or []:
+        for sink in self._sinks or ():
             sink.change(record)
 
     # ------------------------------------------------------------------ the end, and our own failures
 
     def _close(self, status: str) -> None:
+        """End the run with this status, and take our wrappers off the trainer."""
         if self._finished:
             return
         self._finished = True
@@ -778,62 +874,59 @@ class DiagnosticsCallback(TrainerCallback):
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        if self.engine is None or self._writer is None:
-            return
         try:
-            self._publish(self.engine.finish())
-            for request in self._writer.requests():
-                if isinstance(request, BadRequest):
-                    self._change({"id": request.id}, "rejected", request.reason)
-                    self._writer.done(request.id)
-                else:
-                    self._change(request, "rejected", f"the run has {status}")
-                    self._writer.done(request["id"])
-            verdict = self.engine.verdict()
-            self._writer.write_verdict(verdict)
-            self._run_record |= {
-                "status": status,
-                "step": self._last_step,
-                "heartbeat": time.time(),
-                "verdict": verdict,
-            }
-            self._writer.write_run(self._run_record)
-            self._writer.close()
-            for sink in self._sinks or []:
-                sink.close()
+            if self.engine is not None and self._writer is not None:
+                self._end_run(status)
+            if self._nvml is not None:
+                self._nvml.close()
         except Exception as error:
             self._failed("closing the run", error)
-        if self._nvml is not None:
-            self._nvml.close()
+
+    def _end_run(self, status: str) -> None:
+        assert self.engine is not None and self._writer is not None
+        rest = {k: v for k, v in self._recorder.take().signals.items() if k in ("time/save", "time/eval")}
+        if rest and not self._off:  # after the last step, so that no step will tell
+            self._tell(Observation.from_raw(self._last_step, rest, time.time()))
+        self._publish(self.engine.finish())
+        for request in self._writer.requests():
+            if isinstance(request, BadRequest):
+                self._change({"id": request.id}, "rejected", request.reason)
+                self._writer.done(request.id)
+            else:
+                self._change(request, "rejected", f"the run has {ENDED[status]}")
+                self._writer.done(request["id"])
+        verdict = self.engine.verdict()
+        self._writer.write_verdict(verdict)
+        ended = {"status": status, "step": self._last_step, "heartbeat": time.time(), "verdict": verdict}
+        self._writer.write_run(self._run_record | ended)
+        self._writer.close()
+        for sink in self._sinks or ():
+            sink.close()
 
     def _at_exit(self) -> None:
         self._close("interrupted")
 
     def _failed(self, where: str, error: Exception) -> None:
-        self._failures += 1
         if os.environ.get("OUTSPOKEN_DEBUG"):
             raise error
-        self._note_once(f"diagnostics failed in {where} ({type(error).__name__}: {error}); training goes on")
-        if self._failures >= FAILURES_BEFORE_OFF and not self._off:
+        self._failures += 1
+        if where not in self._told:
+            self._told.add(where)
+            said = str(error)[:MAX_TEXT]
+            self._note(f"diagnostics failed in {where} ({type(error).__name__}: {said}); training goes on")
+        if self._failures == FAILURES_BEFORE_OFF:
             self._off = True
-            self._note("diagnostics are switched off for the rest of this run")
-
-    def _note_once(self, text: str) -> None:
-        told = self.__dict__.setdefault("_told", set())
-        if text not in told:
-            told.add(text)
-            self._note(text)
+            self._note("diagnostics failed too often and are switched off for the rest of this run")
 
     def _note(self, text: str) -> None:
-        for sink in self._sinks or []:
-            try:
-                sink.note(text)
-            except Exception:
-                print(f"[outspoken] note: {text}", file=sys.stderr)
+        if self._sinks is None:  # before the run has begun
+            print(f"[outspoken] note: {text}", file=sys.stderr)
+        for sink in self._sinks or ():
+            sink.note(text)
 
 
-def _number(value: Any) -> float:
-    return float(value.item()) if hasattr(value, "item") else float(value)
+def _checkpoint_path(args: Any, step: int) -> str:
+    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
 def _new_run_id(method: str) -> str:
@@ -842,7 +935,7 @@ def _new_run_id(method: str) -> str:
 
 def _previous_run(folder: Path) -> dict[str, Any] | None:
     try:
-        record = read_json(folder / "run.json")
+        record = read_json(folder / RUN)
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("schema") == RUN_SCHEMA else None

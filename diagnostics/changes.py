@@ -1,10 +1,10 @@
 """A change of a live run: judged after it was applied, against the effect that was promised.
 
-Everything here is a pure function of a `RunView`; applying and rolling back are the callback's business.
+Everything here is a pure function of a `RunView` or of records; applying and rolling back are the callback's business.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,6 +95,50 @@ def judge(trial: Trial, view: RunView, errors: frozenset[str]) -> Judgement | No
             return Judgement("failed", f"{have} by step {trial.deadline}", observed)
         return Judgement("failed", f"{_said(expect, value)} at step {view.step}", observed)
     return None
+
+
+def surviving(observations: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The observation records that led to the checkpoint of `step`, without those of steps that were thrown away.
+
+    A run that died and was resumed from an earlier checkpoint did some steps anew; the later ones count.
+    """
+    kept: list[dict[str, Any]] = []
+    for record in observations:
+        at = record.get("step")
+        if not isinstance(at, int) or not isinstance(record.get("signals"), Mapping):
+            continue
+        if kept and at < kept[-1]["step"]:
+            kept = [earlier for earlier in kept if earlier["step"] < at]
+        if at <= step:
+            kept.append(record)
+    return kept
+
+
+def lasting(
+    records: Sequence[Mapping[str, Any]], observations: Sequence[Mapping[str, Any]], step: int
+) -> dict[str, tuple[Any, Any]]:
+    """Field -> (value at the start, value now) of the changes that hold at the checkpoint of `step`.
+
+    Args:
+        records: of changes.jsonl. observations: of metrics.jsonl; they tell which changes belong to steps that a
+            resume from an earlier checkpoint has thrown away.
+    """
+    began: dict[int, int] = {}  # segment -> its first observed step
+    for observation in observations:
+        segment, at = observation.get("segment"), observation.get("step")
+        if isinstance(segment, int) and isinstance(at, int):
+            began.setdefault(segment, at)
+    start: dict[str, Any] = {}
+    now: dict[str, Any] = {}
+    for record in records:
+        if record.get("state") not in ("applied", "rolled_back") or record["step"] > step:
+            continue
+        if any(segment > record["segment"] and at <= record["step"] for segment, at in began.items()):
+            continue
+        for name, pair in record["fields"].items():
+            start.setdefault(name, pair["old"])
+            now[name] = pair["new"] if record["state"] == "applied" else pair["old"]
+    return {name: (start[name], value) for name, value in now.items() if value != start[name]}
 
 
 def _said(expect: Mapping[str, Any], value: float) -> str:

@@ -1,107 +1,195 @@
 """Reading and changing the settings of a trainer while it trains. Duck-typed: it imports no trainer and no torch.
 
-Our own configs say in their field metadata which fields are live. For other trainers `FOREIGN_LIVE` lists the fields
-that they read anew at every step, and the attributes that hold a second copy.
+Our own configs say in their field metadata which fields are live. For TRL's trainers `FOREIGN_LIVE` lists the fields
+that take effect in flight, and the attributes in which the trainer keeps its own copy.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 SECRET_FIELDS = ("hub_token", "push_to_hub_token")
+SECRET_KEYS = ("token", "hf_token", "use_auth_token", "api_key", "password", "secret")  # … inside a field's dict
+MAX_DEPTH = 6
 
-Bounds = dict[str, Any]
-
-
-def _bounds(minimum: float | None = None, maximum: float | None = None, choices: list[Any] | None = None) -> Bounds:
-    return {"minimum": minimum, "maximum": maximum, "choices": choices}
+Bounds = dict[str, Any]  # "minimum" and "maximum" (inclusive), "choices", "type"; None: unbounded, or not told
 
 
-# Field -> bounds and the trainer attributes that shadow it, for trainers that are not ours. A field counts only when
-# the trainer has its attribute: `trl.DPOTrainer` has `beta` and no `epsilon`.
-FOREIGN_LIVE: dict[str, tuple[Bounds, tuple[str, ...]]] = {
-    "beta": (_bounds(0.0), ("beta",)),
-    "epsilon": (_bounds(0.0, 1.0), ("epsilon_low",)),
-    "epsilon_high": (_bounds(0.0, 10.0), ("epsilon_high",)),
-    "temperature": (
-        _bounds(0.01, 10.0),
-        ("temperature", "generation_config.temperature", "vllm_generation.temperature"),
-    ),
-    "top_p": (_bounds(0.0, 1.0), ("top_p", "generation_config.top_p", "vllm_generation.top_p")),
-    "scale_rewards": (_bounds(choices=["group", "batch", "none"]), ("scale_rewards",)),
-    "mask_truncated_completions": (_bounds(choices=[True, False]), ("mask_truncated_completions",)),
-    "max_completion_length": (
-        _bounds(1, 1_000_000),
-        ("max_completion_length", "generation_config.max_new_tokens"),
-    ),
+def _bounds(
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[Any] | None = None,
+    type: str | None = None,
+) -> Bounds:
+    return {
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": None if choices is None else list(choices),
+        "type": type,
+    }
+
+
+class Foreign(NamedTuple):
+    """A live field of a trainer that is not ours: its bounds, and the trainer's attributes that hold copies of it."""
+
+    bounds: Bounds
+    copies: tuple[str, ...]
+
+
+def _sampled(bounds: Bounds, name: str, generation_name: str | None = None) -> Foreign:
+    """A field of sampling: TRL keeps it on the trainer, in `generation_config`, and with vLLM in `vllm_generation`."""
+    return Foreign(bounds, (name, f"generation_config.{generation_name or name}", f"vllm_generation.{name}"))
+
+
+# Sampling temperature is not here: TRL 1.16 builds it into the head that scores the completions, so that a change
+# would reach the sampling only, and the log-probabilities would be those of another distribution.
+_SAMPLING = {
+    "max_completion_length": _sampled(_bounds(1, 1_000_000, type="int"), "max_completion_length", "max_new_tokens"),
+    "top_p": _sampled(_bounds(0.01, 1.0, type="float"), "top_p"),
+    "top_k": _sampled(_bounds(0, type="int"), "top_k"),
+    "min_p": _sampled(_bounds(0.0, 1.0, type="float"), "min_p"),
+    "repetition_penalty": _sampled(_bounds(0.1, 10.0, type="float"), "repetition_penalty"),
+}
+_POLICY = {
+    "beta": Foreign(_bounds(0.0, type="float"), ("beta",)),
+    "epsilon": Foreign(_bounds(0.0, 1.0, type="float"), ("epsilon_low",)),
+    "epsilon_high": Foreign(_bounds(0.0, type="float"), ("epsilon_high",)),
+    "mask_truncated_completions": Foreign(_bounds(choices=(True, False)), ("mask_truncated_completions",)),
+    "reward_weights": Foreign(_bounds(type="list"), ("reward_weights",)),
+}
+# TRL's trainer class -> field -> where it lives, for TRL 1.16. Each copy is read where it is used, not once at start.
+# Losses such as IPO divide by the beta of preference methods, so that it stays above 0.
+FOREIGN_LIVE: dict[str, dict[str, Foreign]] = {
+    "GRPOTrainer": {
+        **_POLICY,
+        **_SAMPLING,
+        "scale_rewards": Foreign(_bounds(choices=("group", "batch", "none")), ("scale_rewards",)),
+    },
+    "RLOOTrainer": {**_POLICY, **_SAMPLING},
+    "DPOTrainer": {"beta": Foreign(_bounds(1e-6, type="float"), ("beta",))},
+    "KTOTrainer": {"beta": Foreign(_bounds(1e-6, type="float"), ("beta",))},
 }
 # Fields of `TrainingArguments` that the training loop reads at every step, for any trainer.
-COMMON_LIVE: dict[str, Bounds] = {"learning_rate": _bounds(0.0, 1.0), "max_grad_norm": _bounds(0.0)}
+COMMON_LIVE: dict[str, Bounds] = {
+    "learning_rate": _bounds(0.0, 1.0, type="float"),
+    "max_grad_norm": _bounds(0.0, type="float"),
+}
+
+
+# ---------------------------------------------------------------------- reading
 
 
 def config_of(args: Any) -> dict[str, Any]:
     """The settings of a run as JSON can hold them: enums by value, unknown objects by `repr`, secrets masked."""
-    config = {}
+    config: dict[str, Any] = {}
     for f in dataclasses.fields(args):
-        value = getattr(args, f.name, None)
-        if f.name.startswith("_"):
-            continue
-        if f.name in SECRET_FIELDS:
-            value = None if value is None else "<masked>"
-        config[f.name] = _plain(value)
-    world_size = getattr(args, "world_size", 1)
-    config["world_size"] = int(world_size)
+        if not f.name.startswith("_"):
+            value = getattr(args, f.name, None)
+            config[f.name] = _masked(value) if f.name in SECRET_FIELDS else _plain(value)
+    config["world_size"] = int(getattr(args, "world_size", 1))
     return config
+
+
+def _masked(value: Any) -> str | None:
+    return None if value is None else "<masked>"
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return _plain(value.value, depth)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else repr(value)
-    if depth < 6 and isinstance(value, Mapping):
-        return {str(k): _plain(v, depth + 1) for k, v in value.items()}
-    if depth < 6 and isinstance(value, list | tuple | set):
+    if depth < MAX_DEPTH and isinstance(value, Mapping):
+        return {str(k): _masked(v) if k in SECRET_KEYS else _plain(v, depth + 1) for k, v in value.items()}
+    if depth < MAX_DEPTH and isinstance(value, list | tuple | set):
         return [_plain(v, depth + 1) for v in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value), depth + 1)
-    return repr(value)[:200]
+    if depth < MAX_DEPTH and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name, None), depth + 1) for f in dataclasses.fields(value)}
+    try:
+        return repr(value)[:200]
+    except Exception:  # a foreign object's own method
+        return f"<{type(value).__name__}>"
 
 
 def live_fields(trainer: Any, args: Any) -> dict[str, Bounds]:
     """Field -> bounds of what may be changed while this trainer trains."""
-    own = {
-        f.name: _bounds(f.metadata["minimum"], f.metadata["maximum"], f.metadata["choices_live"])
-        for f in dataclasses.fields(args)
-        if "live" in f.metadata
+    live = {
+        f.name: _bounds(f.metadata["minimum"], f.metadata["maximum"], f.metadata["choices_live"], _type_word(f.type))
+        for f in _own_fields(args)
     }
-    if own:
-        if getattr(args, "deepspeed", None):
-            own.pop("max_grad_norm", None)  # DeepSpeed takes it from its own config at start
-        return own
-    live = {name: dict(bounds) for name, bounds in COMMON_LIVE.items() if hasattr(args, name)}
+    if not live:
+        live = {name: dict(bounds) for name, bounds in COMMON_LIVE.items() if hasattr(args, name)}
+        live |= {name: dict(foreign.bounds) for name, foreign in _foreign_fields(trainer, args).items()}
     if getattr(args, "deepspeed", None):
-        live.pop("max_grad_norm", None)
-    for name, (bounds, attributes) in FOREIGN_LIVE.items():
-        if trainer is not None and hasattr(args, name) and hasattr(trainer, attributes[0]):
-            live[name] = dict(bounds)
+        live.pop("max_grad_norm", None)  # DeepSpeed takes it from its own config at start
     return live
+
+
+def _own_fields(args: Any) -> list["dataclasses.Field[Any]"]:
+    return [f for f in dataclasses.fields(args) if "live" in f.metadata]
+
+
+def _foreign_fields(trainer: Any, args: Any) -> dict[str, Foreign]:
+    """The live fields of a TRL trainer, as far as this version of it has them; none for a trainer of ours."""
+    if trainer is None or _own_fields(args):
+        return {}
+    for cls in type(trainer).__mro__:
+        if cls.__name__ in FOREIGN_LIVE:
+            known = FOREIGN_LIVE[cls.__name__]
+            return {n: f for n, f in known.items() if hasattr(args, n) and hasattr(trainer, f.copies[0])}
+    return {}
+
+
+def _type_word(annotation: Any) -> str | None:
+    """`list[float] | None` -> "list": the type of a field whose value may be unset."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    word = text.split("|")[0].split("[")[0].strip()
+    return word if word in ("bool", "int", "float", "str", "list") else None
+
+
+# ---------------------------------------------------------------------- changing
 
 
 def refusal(trainer: Any, config: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
     """Why values that are within bounds still cannot take effect in this trainer; None if they can."""
-    if "beta" in fields and config.get("beta") == 0 and fields["beta"] and config.get("num_generations") is not None:
-        if getattr(trainer, "ref_model", None) is None:
+    if fields.get("learning_rate") == 0:
+        return "learning_rate=0 stops training, and could not be scaled back; ask for a small positive rate"
+    if fields.get("beta") and config.get("beta") == 0 and config.get("num_generations") is not None:
+        adapters = getattr(getattr(trainer, "model", None), "peft_config", None) or ()
+        if getattr(trainer, "ref_model", None) is None and "ref" not in adapters:
             return "beta was 0 when the run began, so no reference model was loaded; set beta for the next run"
-    vllm_limit = config.get("vllm_max_model_length")
+    if "reward_weights" in fields:
+        weights, names = fields["reward_weights"], list(getattr(trainer, "reward_funcs", ()))
+        if len(weights) != len(names) or not all(_is_finite(w) for w in weights):
+            return f"reward_weights={weights} must be a finite number for each of the {len(names)} reward functions"
+    wins = config.get("generation_kwargs")
+    for name in fields:
+        other = "max_new_tokens" if name == "max_completion_length" else name
+        if isinstance(wins, Mapping) and other in wins:
+            return f"{name} would have no effect: generation_kwargs sets {other}, which wins over it"
     new_length = fields.get("max_completion_length")
-    if new_length is not None and config.get("use_vllm") and isinstance(vllm_limit, int) and new_length > vllm_limit:
-        return f"max_completion_length={new_length} exceeds vllm_max_model_length={vllm_limit}, fixed at start"
+    return None if new_length is None else _too_long(trainer, config, new_length)
+
+
+def _too_long(trainer: Any, config: Mapping[str, Any], new_length: int) -> str | None:
+    vllm_limit = config.get("vllm_max_model_length") if config.get("use_vllm") else None
+    model_config = getattr(getattr(trainer, "model", None), "config", None)
+    limits = (
+        ("vllm_max_model_length", vllm_limit),
+        ("the model's max_position_embeddings", getattr(model_config, "max_position_embeddings", None)),
+    )
+    for what, limit in limits:
+        if isinstance(limit, int) and new_length > limit:
+            return f"max_completion_length={new_length} exceeds {what}={limit}, fixed at start"
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def apply_fields(
@@ -109,41 +197,58 @@ def apply_fields(
 ) -> None:
     """Set config fields in a running trainer, where they take effect: in `args`, and in every copy known of them.
 
-    The learning rate also rescales the scheduler's base rates and the rate now in the optimizer, so that the
-    schedule's shape is kept.
+    The learning rate also rescales the schedule and the rates now in the optimizer, see `set_learning_rate`.
     """
+    foreign = _foreign_fields(trainer, args)
     for name, value in fields.items():
         if name == "learning_rate":
             set_learning_rate(args, float(value), optimizer, lr_scheduler)
             continue
+        if name == "beta" and value and not args.beta and hasattr(trainer, "_buffered_inputs"):
+            trainer._buffered_inputs = None  # TRL's rollouts from before lack the reference's log-probabilities
         setattr(args, name, value)
-        if name in FOREIGN_LIVE and trainer is not None:
-            for path in FOREIGN_LIVE[name][1]:
-                _set_path(trainer, path, value)
-        if name == "epsilon" and trainer is not None and getattr(args, "epsilon_high", None) is None:
-            _set_path(trainer, "epsilon_high", value)
+        for path in foreign[name].copies if name in foreign else ():
+            _set_copy(trainer, path, value)
+    if "epsilon_high" in foreign and args.epsilon_high is None:
+        _set_copy(trainer, "epsilon_high", args.epsilon)
 
 
-def _set_path(owner: Any, path: str, value: Any) -> None:
+def _set_copy(owner: Any, path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for part in parents:
         owner = getattr(owner, part, None)
-    if owner is not None and hasattr(owner, last):
-        setattr(owner, last, value)
+    if owner is None or not hasattr(owner, last):
+        return
+    now = getattr(owner, last)
+    if hasattr(now, "new_tensor"):  # reward weights; unset they are all 1
+        value = now.new_tensor([1.0] * len(now) if value is None else value)
+    setattr(owner, last, value)
 
 
 def set_learning_rate(args: Any, new: float, optimizer: Any, lr_scheduler: Any) -> None:
-    """Make `new` the peak learning rate: groups with rates of their own keep their ratio to it."""
+    """Make `new` the peak learning rate, in flight: the schedule keeps its shape, and parameter groups with rates of
+    their own keep their ratio to it.
+
+    Args:
+        args: its `learning_rate` is the peak so far.
+        optimizer, lr_scheduler: torch's, or accelerate's around them; None where there is none.
+    """
     old = float(args.learning_rate)
     args.learning_rate = new
-    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
 
-    def scaled(rate: float) -> float:
-        return rate * new / old if old > 0 else new
+    def scaled(rate: Any) -> Any:
+        return new if rate == old or old == 0 else rate * (new / old)
 
-    if scheduler is not None and hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [scaled(rate) for rate in scheduler.base_lrs]
-    for group in getattr(optimizer, "param_groups", []):
-        if "initial_lr" in group:
-            group["initial_lr"] = scaled(group["initial_lr"])
-        group["lr"] = scaled(group["lr"])
+    for group in getattr(optimizer, "param_groups", ()):
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # the latter two are OneCycleLR's
+            if group.get(key) is not None:
+                group[key] = scaled(group[key])
+    _scale_schedule(getattr(lr_scheduler, "scheduler", lr_scheduler), scaled)
+
+
+def _scale_schedule(scheduler: Any, scaled: Any) -> None:
+    for rates in ("base_lrs", "_last_lr"):  # the latter is what `get_last_lr` tells, and the trainer logs
+        if getattr(scheduler, rates, None) is not None:
+            setattr(scheduler, rates, [scaled(rate) for rate in getattr(scheduler, rates)])
+    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR's
+        _scale_schedule(inner, scaled)
