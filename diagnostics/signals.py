@@ -49,7 +49,7 @@ def on_policy(config: Config) -> bool:
     """Whether the ratio of new to old policy is exactly 1: one pass over each rollout before it is renewed."""
     iterations = config.get("num_iterations")
     per_generation, accumulation = config.get("steps_per_generation"), config.get("gradient_accumulation_steps")
-    if iterations is None or per_generation is None or accumulation is None:
+    if not isinstance(per_generation, int) or not isinstance(accumulation, int):
         return False
     return bool(iterations == 1 and per_generation <= accumulation and not config.get("use_vllm"))
 

@@ -4,7 +4,9 @@ Runs are synthetic: a function from the step to that step's signals, fed through
 computed by hand in the comments.
 """
 
+import json
 import math
+import random
 from statistics import NormalDist
 
 import jsonpatch
@@ -18,7 +20,9 @@ from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.rules import fixes
 from outspoken.diagnostics.rules.online_rl import longer_cap
 from outspoken.diagnostics.rules.registry import PAGE_SECTIONS, all_rules
+from outspoken.diagnostics.signals import SIGNALS
 from outspoken.diagnostics.view import RunView
+from outspoken.schemas import validate
 
 MINE = {code: rule for code, rule in all_rules().items() if rule.category == "online_rl"}
 CODES = ("001", "002", "003", "004", "005", "006", "007", "009", "015", "016", "017", "023", "031", "033")
@@ -1222,3 +1226,55 @@ def test_false_alarms_of_all_these_rules_stay_within_the_budget():
     wrong = sum(bool(w) for _, w in results)
     assert stats.clopper_pearson(alarms, runs)[1] <= 0.05, [a for a, _ in results if a]
     assert stats.clopper_pearson(wrong, runs)[1] <= 0.10, [w for _, w in results if w]
+
+
+# ------------------------------------------------------------------------------------------ whatever is logged
+
+
+def test_a_share_that_is_none_is_unknown():
+    def series(step, **more):
+        return {"completions/clipped_ratio": 0.9, "num_completions": 64, **more}
+
+    for more in ({"num_completions": 0}, {"num_completions": -5}, {"completions/clipped_ratio": 1.7}):
+        engine, transitions = watch(lambda step, more=more: series(step, **more), 80, "RL016")
+        assert transitions == []
+        assert unknown(engine, "RL016").startswith("completions/clipped_ratio is no share"), more
+
+
+def test_no_log_however_odd_makes_a_rule_raise_or_a_record_invalid():
+    names = [*SIGNALS, "rewards/a/mean", "rewards/a/std", "rewards/a/none_share", "rewards/b/mean", "rewards/b/std"]
+    odd = (0.0, 1.0, -1.0, 1e-300, 1e100, 0.5, 1e-8, math.nan, math.inf, 7.0, 64.0)
+    settings = (None, 0, 1, -1, 0.5, "group", "batch", True, False, [1.0, 2.0], "sequence", 8, 64, "x")
+    records = 0
+    for seed in range(30):
+        rng = random.Random(seed)
+        chosen = rng.sample(names, rng.randint(10, len(names)))
+        kinds = {name: rng.choice(("constant", "noise", "walk", "odd", "share")) for name in chosen}
+        constants, walks = {name: rng.choice(odd[:3]) for name in chosen}, dict.fromkeys(chosen, 0.5)
+        config = {
+            name: value if rng.random() < 0.6 else rng.choice(settings)
+            for name, value in CONFIG.items()
+            if rng.random() < 0.8
+        }
+        method = rng.choice(("grpo", "rloo", "ppo", "online_dpo"))
+        engine = Engine(method=method, config=config, facts={"live_fields": ["beta"]}, rules=MINE)
+        for step in range(1, 90):
+            raw = {}
+            for name in chosen:
+                walks[name] *= math.exp(rng.gauss(0.01, 0.2))
+                value = {
+                    "constant": constants[name],
+                    "noise": rng.gauss(0.5, 0.2),
+                    "walk": walks[name],
+                    "odd": rng.choice(odd),
+                    "share": rng.choice((0.0, 0.9, 1.0)),
+                }[kinds[name]]
+                raw[name] = 64.0 if name == "num_completions" else value
+            for transition in engine.observe(Observation.from_raw(step, raw)):
+                json.dumps(transition.record, allow_nan=False)
+                validate(transition.record)
+                records += 1
+        for transition in engine.finish():
+            validate(transition.record)
+        assert engine.failed_rules() == {}, seed
+    assert records > 50

@@ -16,6 +16,7 @@ HINT = 2.0  # a |T| that is no proof, but enough to hold back an alarm about a r
 REWARD = "reward"
 Direction = Literal["above", "below"]
 NEWEST = 128  # points looked at when pooling: more than any rule needs
+MOST_TRIALS = 1e12  # a larger count is garbage
 ENOUGH_STEPS = 50  # steps that are enough to pool, however few trials they hold
 
 
@@ -49,8 +50,10 @@ def pool(
     if take > points:
         have = f"{total[-1]:.0f} of {min_n:.0f}" if enough > points else f"{points} of {min_steps} steps"
         return Unknown(f"too little data for {name} so far: {have}")
-    hits = float(shares[-take:] @ trials[-take:])
-    n = round(float(total[take - 1]))
+    hits, counted = float(shares[-take:] @ trials[-take:]), float(total[take - 1])
+    if not 0.5 <= counted <= MOST_TRIALS or not 0 <= hits <= counted * (1 + 1e-6):
+        return Unknown(f"{name} is no share of the trials counted beside it: {hits:.3g} of {counted:.3g}")
+    n = round(counted)
     return PooledWindow(name, min(round(hits), n), n, (int(window.steps[-take]), int(window.steps[-1])))
 
 
@@ -207,7 +210,7 @@ def flat_reward(run: RunView, share: float, flat_t: float) -> Flat | Unknown | N
         if mde <= margin:
             break
     else:
-        need = math.ceil(steps * (mde / margin) ** 2)
+        need = math.ceil(steps * min(mde / margin, 1e4) ** 2)
         return Unknown(
             f"insufficient evidence: over {steps} steps only a change of {mde:.2g} would show, {mde / spread:.1%} of the "
             f"reward range (needed: {share:.1%}); {need} steps would do"
