@@ -894,16 +894,21 @@ def divergence(run: RunView, p: Params) -> Finding | Unknown | None:
         return Unknown(f"loss: fewer than {NEWEST + 10} points in this segment")
     newest, before = window.values[-NEWEST:], window.values[:-NEWEST]
     recent = stats.median(newest[-10:])
+    ring = run.rings["loss"]
+    blocks = [b for b in ring.blocks if b[0] >= run.segment_start]
+    best_step, best, _ = min(blocks, key=lambda b: b[1]) if blocks else (run.segment_start, math.inf, 0)
+    first = run.window("loss", min_n=2) if run.segment == 0 and ring.size < CAPACITY else None
+    start = float(first.values[:2].mean()) if first is not None else math.inf
+    higher = recent - best > p.rise * abs(best) / (2 if run.is_firing else 1)
+    if not higher and recent - start <= p.early_rise * abs(start) / (2 if run.is_firing else 1):
+        return None
+
     lowest = min(recent, stats.median(newest[:10]), stats.median(newest[10:20]))
     noise = stats.MAD_TO_SD * stats.median(np.abs(np.diff(newest))) / math.sqrt(2)
     tendency = stats.mann_kendall(newest)
     assert tendency is not None  # there are enough points
     deff = stats.design_effect(tendency.phi)  # of what is left when a trend is taken out
-
-    ring = run.rings["loss"]
-    blocks = [b for b in ring.blocks if b[0] >= run.segment_start]
-    best_step, best, _ = min(blocks, key=lambda b: b[1]) if blocks else (run.segment_start, math.inf, 0)
-    if recent - best > p.rise * abs(best) / (2 if run.is_firing else 1):
+    if higher:
         se = 1.2533 * noise * math.sqrt(deff / 10)  # a median of 10 has about 1.25 times the mean's standard error
         limit = best + max(p.sds * se, p.rise * abs(best))
         if run.is_firing and recent > (best + limit) / 2:
@@ -911,13 +916,10 @@ def divergence(run: RunView, p: Params) -> Finding | Unknown | None:
         rising = _rising(run, p, best_step, before, newest) if lowest > limit else None
         if rising is not None:
             return _diverged(run, p, window, recent, best, int(best_step), limit, rising)
-    if run.segment == 0 and ring.size < CAPACITY:  # the first points are still here
-        first = run.window("loss")
-        assert first is not None  # `window` is not None
-        start, now, sd = float(first.values[:2].mean()), float(newest.mean()), float(newest.std(ddof=1))
+    if first is not None:
+        now, sd = float(newest.mean()), float(newest.std(ddof=1))
         # Two neighbours, correlated like the newest points, against the mean of those.
-        phi = (deff - 1) / (deff + 1)
-        se = max(sd, noise) * math.sqrt((1 + phi) / 2 + deff / NEWEST)
+        se = max(sd, noise) * math.sqrt((1 + tendency.phi) / 2 + deff / NEWEST)
         limit = start + max(p.early_rise * abs(start), p.early_t * se)
         if min(lowest, now) > limit or (run.is_firing and now > (start + limit) / 2):
             return _diverged(run, p, window, now, start, int(first.steps[0]), limit, None)

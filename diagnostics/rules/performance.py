@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from outspoken.diagnostics.records import Evidence, Expectation, Finding, Suggestion, Unknown, change_field
 from outspoken.diagnostics.rules.fixes import consider, round_up, set_field
 from outspoken.diagnostics.rules.registry import ONLINE_RL, Params, rule
@@ -46,7 +48,7 @@ def _memory(run: RunView, points: int = 512) -> Memory | None:
     if run.config.get("use_vllm") and run.config.get("vllm_mode") == "colocate":
         usable *= 1 - (run.number("vllm_gpu_memory_utilization") or 0.3)
     peak = float(window.values.max())
-    static = run.median("memory/static", 1)
+    static = run.last("memory/static")
     return Memory(total, usable, peak, min(static or 0.0, peak), static is not None, name, len(window), window.span)
 
 
@@ -126,11 +128,11 @@ def _patch(changes: list[tuple[str, Any, Any]]) -> list[dict[str, Any]]:
 
 
 def generation_share(run: RunView, points: int = 30) -> float | None:
-    """Share of the step's wall-clock that sampling completions takes; None if it is not measured."""
-    generate, step = run.median("time/generate", min(points, 10)), run.median("time/step", min(points, 10))
-    if generate is None or not step:
+    """Share of the wall-clock that sampling completions took, over the newest points; None if it is not measured."""
+    generate, step = run.window("time/generate", points), run.window("time/step", points)
+    if generate is None or step is None or step.mean <= 0:
         return None
-    return min(1.0, generate / step)
+    return min(1.0, generate.mean / step.mean)
 
 
 @rule(
@@ -168,7 +170,7 @@ def vram_underuse(run: RunView, p: Params) -> Finding | Unknown | None:
 
     - `per_device_train_batch_size` b -> b' with `gradient_accumulation_steps` lowered to match: the effective batch stays
       as it is. Risk: out of memory on a rare long batch.
-    - Where the effective batch cannot be kept: b to a multiple of b, with the learning it changes.
+    - Without accumulation the effective batch cannot be kept: b to a multiple of b, with the learning it changes.
     - `gradient_checkpointing` True -> False: no recomputation, more memory per row by an amount not known here.
 
     ## Sources
@@ -235,7 +237,7 @@ def vram_underuse(run: RunView, p: Params) -> Finding | Unknown | None:
             break
     else:
         new = most // batch * batch
-        if new > batch:
+        if new > batch and run.config.get("gradient_accumulation_steps", 1) == 1:
             only = [("per_device_train_batch_size", batch, new)]
             suggestions.append(_raise_batch(run, "PERF001.1", only, inputs, memory, p.fill, kept=False))
             advice = f"Consider raising per_device_train_batch_size from {batch} to {new} "
@@ -339,7 +341,7 @@ def near_oom(run: RunView, p: Params) -> Finding | Unknown | None:
 
     ## How it is decided
 
-    In 2 of the last 5 windows of 10 points the peak of reserved memory (or of all that is used on the device) is
+    In 2 of the last 5 windows of 10 steps the peak of reserved memory (or of all that is used on the device) is
     above 95 % of the device, and what is really allocated above 90 %; or allocations succeeded only after the cache was
     flushed (`memory/alloc_retries` grew within the last 50 points). As information: the longest allowed sequence is at
     most twice the longest seen, and S + a*b for it would exceed 98 %.
@@ -374,15 +376,13 @@ def near_oom(run: RunView, p: Params) -> Finding | Unknown | None:
         others = max(0.0, float(device.values[-1] - reserved.values[-1]))
     tightest = device if reserved is None else reserved
     assert tightest is not None  # _memory found one of them
-    full = [
-        float(tightest.values[max(0, end - size) : end].max()) + others > p.reserved * memory.total
-        for end in range(len(tightest), 0, -size)
-    ]
+    high = tightest.steps[tightest.values + others > p.reserved * memory.total]
+    full = len(np.unique(high // size)) if len(high) else 0
     retries = run.window("memory/alloc_retries", 50)
     retried = retries is not None and retries.values[-1] > retries.values[0]
     held = float(allocated.values.max()) + others if allocated is not None else None
     needed = (p.allocated - 0.03 if run.is_firing else p.allocated) * memory.total
-    tight = sum(full) >= p.windows and held is not None and held > needed
+    tight = full >= p.windows and held is not None and held > needed
 
     growth = _length_growth(run)
     forecast = None
