@@ -332,7 +332,7 @@ def test_rl003_waits_until_a_sparse_reward_had_its_chance():
     # 0.8^(G'/8) <= 0.6 first at 32: 0.8^4 = 0.41; at 16 it is 0.64.
     assert record["advice"] == "Consider raising num_generations from 8 to 32."
     assert record["message"] == (
-        "In 80% of the last 64 groups every completion failed (reward 0) (limit 60%), and the reward does not rise."
+        "Every completion failed (reward 0) in 80% of the last 64 groups (limit 60%), and the reward does not rise."
     )
     assert record["severity"] == "warning"
     engine, _ = watch(flat, 60, "RL003")

@@ -75,7 +75,7 @@ def still_learning(run: RunView) -> str | None:
         if trend is not None and trend.z > HINT:
             return f"the reward rises (trend z={trend.z:.1f} over {len(window)} steps)"
     if len(window) < 100:
-        return f"{len(window)} of 100 steps seen: too early to tell a sparse reward that is being learned from one that is not"
+        return f"{len(window)} of 100 steps seen: too early to tell whether a sparse reward is being learned"
     return None
 
 
@@ -133,12 +133,12 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
 
     ## How it is decided
 
-    Counts of groups are pooled over the newest steps, at least 48 groups (or 50 steps) and 10 steps. The rule fires when more than
-    60 % of them carry no advantage, beyond chance (exact binomial test, p < 0.001), three steps in a row; it is an
-    error from 95 % over 64 groups. It resolves below 50 %. What counts as "no advantage" depends on `scale_rewards`:
-    with `group`, ties, and what the normalisation s/(s + 0.0001) takes away; with `batch` or `none`, ties, and groups
-    whose spread is below 2 % of the reward range. When nearly all dead groups failed (RL003) or passed (RL002) as a
-    whole, those rules name the cause, and this one waits for 96 groups.
+    Counts of groups are pooled over the newest steps, at least 48 groups (or 50 steps) and 10 steps. The rule fires
+    when more than 60 % of them carry no advantage, beyond chance (exact binomial test, p < 0.001), three steps in a
+    row; it is an error from 95 % over 64 groups. It resolves below 50 %. What counts as "no advantage" depends on
+    `scale_rewards`: with `group`, ties, and what the normalisation s/(s + 0.0001) takes away; with `batch` or `none`,
+    ties, and groups whose spread is below 2 % of the reward range. When nearly all dead groups failed (RL003) or
+    passed (RL002) as a whole, those rules name the cause, and this one waits for 96 groups.
 
     `frac_reward_zero_std` is used only where the raw rewards are not at hand, and not where it says nothing about
     groups: `scale_rewards="batch"`, `normalize_then_sum`, and RLOO with a KL term.
@@ -372,7 +372,7 @@ def all_wrong_groups(run: RunView, p: Params) -> RuleResult:
     floor = run.last("rewards/min_seen")
     level = "" if floor is None else f" (reward {floor:.4g})"
     return Finding(
-        message=f"In {shown.mean:.0%} of {over(run, shown, 'groups')} every completion failed{level} "
+        message=f"Every completion failed{level} in {shown.mean:.0%} of {over(run, shown, 'groups')} "
         f"(limit {p.limit:.0%}), and the reward does not rise.",
         advice=consider(suggestions[0]),
         evidence=[shown.evidence(p.limit)],
@@ -647,8 +647,8 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
 
     ## Sources
 
-    Reward gain is bought with entropy, R = -a exp(H) + b: arXiv 2505.22617. Clip-higher: DAPO, arXiv 2503.14476. Target
-    entropy: arXiv 2505.22312. The factors 0.3, 0.4, 0.1 and the duplicates: judgement.
+    Reward gain is bought with entropy, R = -a exp(H) + b: arXiv 2505.22617. Clip-higher: DAPO, arXiv 2503.14476.
+    Target entropy: arXiv 2505.22312. The factors 0.3, 0.4, 0.1 and the duplicates: judgement.
     """
     now, start = run.median("entropy"), reference(run, "entropy")
     if now is None or start is None:
@@ -789,10 +789,10 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     The median entropy of the last 10 steps is above twice its smallest 10-step mean in this segment, at least 0.05
-    nats/token above it, above its own beginning, and rising (Mann-Kendall over 50 steps, z > 3.5); and at least one of:
-    the reward falls (two windows of 25 steps, T < -3.5), the gradient norm rises (T > 3.5 on its logarithm, by a quarter or
-    more), the difference between sampling and training log-probabilities rises (T > 3.5). Every 5 steps, three times
-    in a row. An error when the reward falls. It resolves below 1.5 times the minimum.
+    nats/token above it, above its own beginning, and rising (Mann-Kendall over 50 steps, z > 3.5); and at least one
+    of: the reward falls (two windows of 25 steps, T < -3.5), the gradient norm rises (T > 3.5 on its logarithm, by a
+    quarter or more), the difference between sampling and training log-probabilities rises (T > 3.5). Every 5 steps,
+    three times in a row. An error when the reward falls. It resolves below 1.5 times the minimum.
 
     ## When it is fine
 
@@ -806,7 +806,8 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
 
     ## Sources
 
-    Fall, then steady rise before collapse: INTELLECT-2, arXiv 2505.07291. The factors 2, 1.5 and 1.25, and 0.05: judgement.
+    Fall, then steady rise before collapse: INTELLECT-2, arXiv 2505.07291. The factors 2, 1.5 and 1.25, and 0.05:
+    judgement.
     """
     now, start = run.median("entropy"), reference(run, "entropy")
     window = run.window("entropy", CAPACITY, min_n=50)
@@ -835,9 +836,8 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     falls = reward.state == "down"
     suggestions = _less_entropy(run, now)
     return Finding(
-        message=f"Entropy rose to {now:.3g} nats/token, {now / max(lowest, 1e-9):.1f} times its minimum of {lowest:.3g} "
-        f"(limit {p.rise:g} times), with {', '.join(e.signal for e in evidence[1:] if e.signal != 'entropy') or 'a rising trend'} "
-        f"getting worse; {reward.words}.",
+        message=f"Entropy rose to {now:.3g} nats/token, {now / max(lowest, 1e-9):.1f} times its minimum of "
+        f"{lowest:.3g} (limit {p.rise:g} times){_with(evidence)}; {reward.words}.",
         advice=consider(suggestions[0]),
         evidence=evidence,
         suggestions=suggestions,
@@ -845,6 +845,12 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
         impact="completions turn into garbled text",
         not_checked=("garbled text in completions: not measured",),
     )
+
+
+def _with(evidence: list[Evidence]) -> str:
+    """The signs beside the entropy itself, as in ", while grad_norm gets worse"."""
+    others = list(dict.fromkeys(e.signal for e in evidence if e.signal != "entropy"))
+    return f", while {' and '.join(others)} get{'s' if len(others) == 1 else ''} worse" if others else ""
 
 
 def _unstable(run: RunView, p: Params, reward: Progress) -> list[Evidence]:
@@ -913,17 +919,19 @@ def kl_drift(run: RunView, p: Params) -> RuleResult:
 
     ## How it is decided
 
-    By efficiency: the median of 10 steps of `kl` rose by more than 50 % and 0.02 nats/token over 50 steps, and significantly (two
-    windows of 25 steps on the logarithm, T > 3.5), while the reward fell (two windows of 25 steps, T < -3.5) or was flat for 100 to 512 steps though a change of 5 % of its range would have shown (the test of RL031). Or by level, per token: above 0.5 a warning, above 2 an
-    error. `kl` is the per-token estimate of GRPO and RLOO; where it is a sum per sequence (PPO), it is divided by the
-    mean completion length. Every 5 steps, three times in a row.
+    By efficiency: the median of 10 steps of `kl` rose by more than 50 % and 0.02 nats/token over 50 steps, and
+    significantly (two windows of 25 steps on the logarithm, T > 3.5), while the reward fell (two windows of 25 steps,
+    T < -3.5) or was flat for 100 to 512 steps though a change of 5 % of its range would have shown (the test of
+    RL031). Or by level, per token: above 0.5 a warning, above 2 an error. `kl` is the per-token estimate of GRPO and
+    RLOO; where it is a sum per sequence (PPO), it is divided by the mean completion length. Every 5 steps, three times
+    in a row.
 
     ## When it is fine
 
     KL must grow while a policy learns, and recipes without a KL term accept large values. A single token can dominate
     the estimate, so medians are used. If the reward is too noisy to be called flat, the rule says unknown. Without a
-    KL term (`beta` 0) there is no `kl` at all. In asynchronous training `kl` compares the new with the sampling policy,
-    and the rule does not apply.
+    KL term (`beta` 0) there is no `kl` at all. In asynchronous training `kl` compares the new with the sampling
+    policy, and the rule does not apply.
 
     ## What to change
 
@@ -1186,11 +1194,11 @@ def length_explosion(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     The median of `completions/mean_length` over 10 steps is above twice its own beginning (steps 3 to 22), by at least
-    16 tokens. That alone is information. The reward of the newest 25 steps is compared with that of 25 steps before the
-    growth began (the last time the length was within 1.25 of its beginning). It is a warning when the reward did not
-    improve and either more than 10 % of at least 128 completions are cut (exact binomial, p < 0.001), or the reward is
-    flat (a change of 5 % of its range would have shown) or fell; an error when
-    more than half are cut. Every second step, three times in a row; it resolves below 1.5 times the beginning.
+    16 tokens. That alone is information. The reward of the newest 25 steps is compared with that of 25 steps before
+    the growth began (the last time the length was within 1.25 of its beginning). It is a warning when the reward did
+    not improve and either more than 10 % of at least 128 completions are cut (exact binomial, p < 0.001), or the
+    reward is flat (a change of 5 % of its range would have shown) or fell; an error when more than half are cut. Every
+    second step, three times in a row; it resolves below 1.5 times the beginning.
 
     ## When it is fine
 
@@ -1309,8 +1317,9 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     `completions/clipped_ratio`, the share of completions that did not end with an end token, pooled over at least 128
-    completions (or 50 steps): more than 20 % beyond chance (exact binomial, p < 0.001) is a warning, more than 50 % an error, three
-    steps in a row. It resolves below 10 %. `completions/max_length` sits at the cap in healthy runs and is not used.
+    completions (or 50 steps): more than 20 % beyond chance (exact binomial, p < 0.001) is a warning, more than 50 % an
+    error, three steps in a row. It resolves below 10 %. `completions/max_length` sits at the cap in healthy runs and
+    is not used.
 
     If completions do not end with an end token and are *shorter* than the cap, they were not cut: the end token that
     is counted is not the one the model uses. Then nothing about the cap is proposed. That is decided from
@@ -1326,8 +1335,8 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
 
     - Raise `max_completion_length` to the smallest multiple of 64 (of 8 below 64) that leaves room for both 1.3 times
       the 99th percentile of the completions that end, and, if the tail of lengths is exponential, for all but 10 %:
-      cap * ln(0.1)/ln(share cut); at most twice the old cap. Costs time and memory; not proposed while completions grow
-      without reward (RL015).
+      cap * ln(0.1)/ln(share cut); at most twice the old cap. Costs time and memory; not proposed while completions
+      grow without reward (RL015).
     - If the completions that end are far shorter than the cap, the cut ones are probably loops: look at them first.
     - `mask_truncated_completions`: cut answers leave the loss. Risk: nothing then pushes towards ending.
 
@@ -1512,10 +1521,9 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     The median of `completions/mean_length` over 10 steps is below 0.4 of its own beginning (steps 3 to 22) and falls
-    (Mann-Kendall over 50 steps on the logarithm, z < -3.5), and the reward did not improve since the length last stood at
-    0.8 of its beginning. It is information where
-    the reward is too noisy to say, or a reward function is named for length or brevity. Every 5 steps, three times in
-    a row; it resolves above 0.7 of the beginning.
+    (Mann-Kendall over 50 steps on the logarithm, z < -3.5), and the reward did not improve since the length last stood
+    at 0.8 of its beginning. It is information where the reward is too noisy to say, or a reward function is named for
+    length or brevity. Every 5 steps, three times in a row; it resolves above 0.7 of the beginning.
 
     ## When it is fine
 
@@ -1525,8 +1533,8 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
     ## What to change
 
     - If the reward holds a length penalty, its weight in `reward_weights` times 0.3.
-    - A stronger KL term: `beta` times 2. In PPO: `lam` from 0.95 to 1.0, which stops the value function from shortening
-      long reasoning.
+    - A stronger KL term: `beta` times 2. In PPO: `lam` from 0.95 to 1.0, which stops the value function from
+      shortening long reasoning.
 
     ## Sources
 
@@ -1607,8 +1615,8 @@ def noise_amplified_advantage(run: RunView, p: Params) -> RuleResult:
 
     ## How it is decided
 
-    More than 30 % of at least 64 groups have a standard deviation above 0 and below 2 % of the reward range seen in the
-    run, beyond chance (exact binomial, p < 0.001), and those groups keep at least 75 % of a full advantage, which
+    More than 30 % of at least 64 groups have a standard deviation above 0 and below 2 % of the reward range seen in
+    the run, beyond chance (exact binomial, p < 0.001), and those groups keep at least 75 % of a full advantage, which
     s/(s + 0.0001) does from s = 0.0003 on. Only with `scale_rewards="group"`: with `batch` or `none` such groups have
     hardly any advantage, and below 0.0003 it vanishes (RL001). It resolves below 20 %.
 
@@ -1706,13 +1714,13 @@ def plateau(run: RunView, p: Params) -> RuleResult:
 
     ## How it is decided
 
-    Of 100, 200, 400 and 512 steps, the shortest span is taken over which a change of 5 % of the reward range would show
-    (5 % error, 80 % power: 5.6 standard errors of the difference between its halves). Over that span the reward must
-    have changed by less than that, with 95 % confidence, the halves must not differ (|T| < 2), and no neighbouring
-    quarters significantly (|T| < 3.5). Groups must carry a signal (else RL001). Every 50 steps.
+    Of 100, 200, 400 and 512 steps, the shortest span is taken over which a change of 5 % of the reward range would
+    show (5 % error, 80 % power: 5.6 standard errors of the difference between its halves). Over that span the reward
+    must have changed by less than that, with 95 % confidence, the halves must not differ (|T| < 2), and no
+    neighbouring quarters significantly (|T| < 3.5). Groups must carry a signal (else RL001). Every 50 steps.
 
-    If even 512 steps cannot show a change of 5 %, the answer is unknown, with the change that would show: a run with 16
-    completions a step cannot tell a plateau from a gain of 0.05 in 100 steps.
+    If even 512 steps cannot show a change of 5 %, the answer is unknown, with the change that would show: a run with
+    16 completions a step cannot tell a plateau from a gain of 0.05 in 100 steps.
 
     ## When it is fine
 
@@ -1725,8 +1733,8 @@ def plateau(run: RunView, p: Params) -> RuleResult:
 
     ## Sources
 
-    The minimum detectable effect: two-sample arithmetic with the design effect of serial correlation. Asymptote against
-    efficiency: ScaleRL, arXiv 2510.13786. 5 % and 95 %: judgement.
+    The minimum detectable effect: two-sample arithmetic with the design effect of serial correlation. Asymptote
+    against efficiency: ScaleRL, arXiv 2510.13786. 5 % and 95 %: judgement.
     """
     flat = flat_reward(run, p.mde_share, p.flat_t)
     if not isinstance(flat, Flat):
@@ -1819,11 +1827,11 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
     The newest 25 steps against the best 30 or so steps of the run (block means). They must have fallen significantly:
     against the 25 steps before with T < -4, or against the best window of this segment with T < -6. And far: by more
     than 25 % of what the run had gained over its first 20 steps. A gain counts as one when it is 6 standard errors and
-    5 % of the reward range; a run that never rose must fall by 25 % of the range instead, and every fall must be 5 % of
-    the range. Every 5 steps, twice in a row. It resolves when the reward is within 12.5 % of the gain of its best.
+    5 % of the reward range; a run that never rose must fall by 25 % of the range instead, and every fall must be 5 %
+    of the range. Every 5 steps, twice in a row. It resolves when the reward is within 12.5 % of the gain of its best.
 
-    Signals that left their course in the last 150 steps (gradient norm, entropy, KL, clipping, lengths) are listed with
-    the step at which they began, the earliest first: it is the likeliest cause, and no proof.
+    Signals that left their course in the last 150 steps (gradient norm, entropy, KL, clipping, lengths) are listed
+    with the step at which they began, the earliest first: it is the likeliest cause, and no proof.
 
     ## When it is fine
 

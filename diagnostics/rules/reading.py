@@ -178,8 +178,8 @@ def _progress(run: RunView, comparisons: list[stats.TwoWindow], share: float) ->
 class Flat:
     """A reward that did not move over `steps` points: `halves` compares the earlier half with the later one.
 
-    `mde` is the change from the first to the last of these points that would have shown: 2 * 2.8 standard errors of the
-    difference of the halves, which is half of what a straight line gains.
+    `mde` is the change from the first to the last of these points that would have shown: 2 * 2.8 standard errors of
+    the difference of the halves, which is half of what a straight line gains.
     """
 
     steps: int
