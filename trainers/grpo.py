@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from outspoken.diagnostics.recorder import Recorder
+from outspoken.diagnostics.records import as_number
 from outspoken.trainers import advantages as group_advantages
 from outspoken.trainers import loading
 from outspoken.trainers.config import OutspokenConfig, live_field, live_fields
@@ -474,6 +475,7 @@ class GRPOTrainer(Trainer):
         self._logs_are_new = False
         self._pending_extra: dict[str, list] = defaultdict(list)
         self._pending_metrics: dict[str, list[float]] = defaultdict(list)
+        self._not_numbers: set[str] = set()  # names of metrics that were given something else, and told of
 
         # Processes must not draw the same completions.
         set_seed(args.seed, device_specific=True)
@@ -746,7 +748,7 @@ class GRPOTrainer(Trainer):
             **columns,
             trainer_state=self.state,
             log_extra=lambda column, values: self._pending_extra[column].extend(values),
-            log_metric=lambda name, value: self._pending_metrics[name].append(value),
+            log_metric=self._log_metric,
         )
         for name, tokenizer in self.reward_tokenizers.items():
             scores = self._model_rewards(self.reward_funcs[name], tokenizer, prompts, completions)
@@ -913,6 +915,15 @@ class GRPOTrainer(Trainer):
 
     def _log(self, mode: str, name: str, value: Tensor | float) -> None:
         self._metrics[mode][name].append(float(value))
+
+    def _log_metric(self, name: str, value: Any) -> None:
+        """What reward functions call as `log_metric`. A slip in a metric must not end a run."""
+        number = as_number(value)
+        if number is not None:
+            self._pending_metrics[name].append(number)
+        elif name not in self._not_numbers:
+            self._not_numbers.add(name)
+            logger.warning(f"log_metric({name!r}) got a {type(value).__name__}, not a number; it is left out.")
 
     def _log_lengths(self, mode: str, prompt_ids: list, completion_ids: list, finished: list[bool]) -> None:
         lengths = self._gathered([[len(p), len(c), done] for p, c, done in zip(prompt_ids, completion_ids, finished)])
