@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets.utils.logging import disable_progress_bar
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -18,7 +19,7 @@ from outspoken.cli.demo_task import build_model, build_tokenizer, problems, righ
 
 SFT_STEPS = 800
 HEALTHY_STEPS = 100
-FAULTY_STEPS = 180
+FAULTY_STEPS = {"truncation": 180, "learning_rate": 280}
 LEARNING_RATE = 2e-4
 CAP = 24  # longest solution: 15 characters and the end
 CAP_THAT_CUTS = 8
@@ -74,6 +75,8 @@ def demo(fault: str = "truncation", seed: int = 0, output_dir: str | Path = "out
         raise ValueError(f"fault={fault!r} is not known; choose one of: {', '.join(FAULTS)}")
     torch.set_num_threads(1)  # the model is so small that a second thread only costs
     disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     started, out = time.monotonic(), Path(output_dir)
     tokenizer = build_tokenizer()
 
@@ -107,9 +110,16 @@ def demo(fault: str = "truncation", seed: int = 0, output_dir: str | Path = "out
             "3. GRPO with a planted fault",
             f"learning_rate is {LEARNING_RATE_FACTOR} times too large. An agent watches.",
         )
-        planted = {"learning_rate": LEARNING_RATE * LEARNING_RATE_FACTOR, "save_strategy": "steps", "save_steps": 10}
+        planted = {
+            "learning_rate": LEARNING_RATE * LEARNING_RATE_FACTOR,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 20,
+            "save_strategy": "steps",
+            "save_steps": 5,
+            "save_total_limit": None,  # the last good one may be far back
+        }
     faulty_dir = out / f"grpo-{fault.replace('_', '-')}"
-    faulty = reinforce(model, tokenizer, faulty_dir, seed, FAULTY_STEPS, planted, with_agent=True)
+    faulty = reinforce(model, tokenizer, faulty_dir, seed, FAULTY_STEPS[fault], planted, with_agent=True)
 
     heading("What happened", f"{time.monotonic() - started:.0f} seconds in all.")
     for title, outcome in (("healthy", healthy), ("faulty ", faulty)):

@@ -32,7 +32,8 @@ DIAGNOSTIC_SCHEMA = "outspoken.diagnostic/1"
 DOC = "docs/rules/{code}.md"
 MAX_MESSAGE = 2000
 
-HOLD = 5  # evaluations that a finding waits, beyond its own `for`, while a possible cause is still pending
+HOLD = 10  # evaluations that a finding waits, beyond its own `for`, while its cause is pending or named by itself
+GRACE = 20  # points of a new segment in which a firing diagnostic is not called unknown for want of data
 SHOWN_PER_SEVERITY = 3  # lines shown per severity within BUDGET_STEPS; errors are always shown
 BUDGET_STEPS = 100
 REMINDER_STEPS = 100  # first reminder of a firing diagnostic; the gap doubles each time
@@ -75,6 +76,8 @@ class _Life:
     remind_at: int = 0
     remind_gap: int = REMINDER_STEPS
     reason: str = ""  # why it cannot be judged now
+    recorded_segment: int = 0  # of the newest record
+    fresh: bool = False  # whether the newest evaluation found it
 
 
 def config_revision(config: Mapping[str, Any]) -> str:
@@ -136,6 +139,7 @@ class Engine:
         self._lives = {r.code: _Life() for r in self._rules}
         self._by_code = {r.code: r for r in self._rules}
         self._raised: dict[str, int] = {}
+        self._verdict_failure = ""
         self._shown_at: dict[str, list[int]] = {}
         self._hidden: list[str] = []
         self._last_digest = 0
@@ -216,6 +220,7 @@ class Engine:
 
     def _evaluate(self, r: Rule) -> list[Transition]:
         life = self._lives[r.code]
+        life.fresh = False
         if self._raised.get(r.code, 0) >= RAISES_BEFORE_OFF:
             return []
         result = self._check(r, life)
@@ -246,7 +251,7 @@ class Engine:
 
     def _found(self, r: Rule, life: _Life, finding: Finding) -> list[Transition]:
         step = self.view.step
-        life.reason = ""
+        life.reason, life.fresh = "", True
         life.hits += 1
         life.misses = life.unknowns = 0
         if life.state in (None, "resolved"):
@@ -263,7 +268,8 @@ class Engine:
 
         explained_by = dict.fromkeys([*r.inhibited_by, *finding.explained_by])
         blockers = [c for c in explained_by if self._state(c) in ("firing", "suppressed")]
-        waiting = [c for c in explained_by if self._state(c) == "pending"]
+        waiting = [c for c in r.inhibited_by if self._state(c) == "pending"]
+        waiting += [c for c in finding.explained_by if self._state(c) in (None, "pending", "resolved")]
         if life.state == "pending":
             if life.hits < r.for_ or (waiting and not blockers and life.hits < r.for_ + HOLD):
                 return []
@@ -282,6 +288,9 @@ class Engine:
             return self._enter(r, life, "suppressed" if blockers else "firing")
         if worse and life.state == "firing":
             return self._enter(r, life, "firing")
+        if self.view.segment != life.recorded_segment:  # its suggestions are for other settings than those on record
+            life.recorded_segment = self.view.segment
+            return [Transition(self._record(r, life), False)]
         return []
 
     def _fine(self, r: Rule, life: _Life) -> list[Transition]:
@@ -300,6 +309,8 @@ class Engine:
         life.hits = 0
         if life.state == "pending":
             life.state = None
+        if self.view.segment and self.view.segment_points <= GRACE:
+            return []
         if life.state in ("firing", "suppressed"):
             life.unknowns += 1
             if life.unknowns >= r.keep:
@@ -320,6 +331,7 @@ class Engine:
         elif state == "resolved":
             shown = life.shown and previous == "firing"
             life.shown = False
+        life.recorded_segment = self.view.segment
         self._refresh_firing()
         return [Transition(self._record(r, life), shown)]
 
@@ -347,7 +359,7 @@ class Engine:
         reminders = []
         for code in self.view.firing:
             life = self._lives[code]
-            if life.shown and self.view.step >= life.remind_at:
+            if life.shown and life.fresh and self.view.step >= life.remind_at:
                 life.remind_gap *= 2
                 life.remind_at = self.view.step + life.remind_gap
                 reminders.append(Transition(self._record(self._by_code[code], life), True, "reminder"))
@@ -413,6 +425,10 @@ class Engine:
             if life.finding is not None and life.state is not None
         }
 
+    def errors(self, *states: State) -> frozenset[str]:
+        """Codes of the diagnostics with severity error that are in one of these states."""
+        return frozenset(c for c, life in self._lives.items() if life.severity == "error" and life.state in states)
+
     def not_checked(self) -> list[dict[str, str]]:
         """The rules that could not judge at their last evaluation, and why."""
         return [
@@ -422,15 +438,20 @@ class Engine:
         ]
 
     def failed_rules(self) -> dict[str, str]:
-        """Code -> reason of the rules that raised."""
-        return {code: self._lives[code].reason for code in self._raised}
+        """Code -> reason of the rules that raised; "verdict" stands for the verdict."""
+        failed = {code: self._lives[code].reason for code in self._raised}
+        return failed | ({"verdict": self._verdict_failure} if self._verdict_failure else {})
 
     # ------------------------------------------------------------------ verdict
 
     def _judge(self, final: bool) -> None:
         lives = {c: life.severity for c, life in self._lives.items() if life.state == "firing"}
         held = {c: life.severity for c, life in self._lives.items() if life.state == "suppressed"}
-        decided = self.tracker.update(self.view, lives, held, final)
+        try:
+            decided = self.tracker.update(self.view, lives, held, final)
+        except Exception as error:  # as for a rule: ours must not stop a run
+            self._verdict_failure = f"{type(error).__name__}: {error}"[:MAX_TEXT]
+            decided = self.tracker.current
         self._verdict = self._stamp_verdict(decided)
 
     def _stamp_verdict(self, decided: verdicts.Verdict) -> dict[str, Any]:

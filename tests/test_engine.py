@@ -108,9 +108,29 @@ class TestLifeCycle:
             return Finding("m", "a", [], severity=severity)
 
         e = engine(make("AAA001", check))
-        events = [t.record["severity"] for v in (1, 1, 9, 9, 1) for t in e.observe(Observation(v, {"x": v}))]
-        # the step counter goes back once (9 -> 1), which only opens a segment
+        events = [
+            t.record["severity"] for i, v in enumerate((1, 1, 9, 9, 1)) for t in e.observe(Observation(i, {"x": v}))
+        ]
         assert events == ["warning", "error"]
+
+    def test_a_new_segment_puts_the_suggestions_of_now_on_record(self):
+        e = engine(make("AAA001", above("x", 1)))
+        feed(e, [2, 2])
+        e.open_segment(2, "change", {"learning_rate": 1})
+        again = [t for t in e.observe(Observation(3, {"x": 2}))]
+        assert [(t.record["state"], t.shown, t.record["segment"]) for t in again] == [("firing", False, 1)]
+        assert e.observe(Observation(4, {"x": 2})) == []
+
+    def test_want_of_data_after_a_change_is_not_unknown_at_once(self):
+        def check(run, p):
+            """Doc."""
+            return above("x", 1)(run, p) if run.has("x") else Unknown("too few")
+
+        e = engine(make("AAA001", check, keep=2))
+        feed(e, [2])
+        e.open_segment(1, "change")
+        events = feed(e, [{"y": 1}] * 25, start=2)
+        assert states(events) == [(23, "AAA001", "unknown")]  # 20 points of grace (2..21), then keep=2 evaluations
 
     def test_count_first_and_last_step(self):
         e = engine(make("AAA001", above("x", 1), for_=2))
@@ -153,6 +173,25 @@ class TestInhibition:
         e = engine(self.cause(), self.effect())
         events = states(feed(e, [{"x": 0, "y": 2}, {"x": 2, "y": 2}]))
         assert events == [(1, "BBB001", "firing"), (2, "AAA001", "firing"), (2, "BBB001", "suppressed")]
+
+    def test_a_finding_may_name_what_explains_it_in_this_case(self):
+        def check(run, p):
+            """Doc."""
+            return Finding("m", "a", [], explained_by=("AAA001",)) if run.last("y") else None
+
+        e = engine(self.cause(for_=3), make("BBB001", check))
+        events = states(feed(e, [{"x": 2, "y": 1}] * 5))
+        assert ("BBB001", "firing") not in [(code, state) for _, code, state in events]
+        assert ("BBB001", "suppressed") in [(code, state) for _, code, state in events]
+
+    def test_a_cause_that_never_comes_does_not_hold_a_finding_back_for_ever(self):
+        def check(run, p):
+            """Doc."""
+            return Finding("m", "a", [], explained_by=("AAA001",))
+
+        e = engine(self.cause(), make("BBB001", check))
+        events = states(feed(e, [{"x": 0}] * 20))
+        assert events == [(11, "BBB001", "firing")]  # for_=1, and ten evaluations of waiting
 
     def test_suppressed_is_never_shown(self):
         e = engine(self.cause(), self.effect())
@@ -317,7 +356,9 @@ class TestFaultsOfOurs:
     @given(
         st.lists(
             st.dictionaries(
-                st.sampled_from(["loss", "reward", "entropy", "kl", "grad_norm", "completions/clipped_ratio", "weird"]),
+                st.sampled_from(
+                    ["loss", "reward", "entropy", "kl", "grad_norm", "completions/clipped_ratio", "weird"]
+                ),
                 st.one_of(st.floats(), st.integers(), st.text(max_size=5), st.none(), st.lists(st.integers())),
                 max_size=5,
             ),

@@ -10,7 +10,10 @@ from outspoken.diagnostics.view import RunView
 
 START_POINTS = 5  # the level that the run began at: short, because a collapse may follow at once
 NEWEST_POINTS = 10
-WITHIN_GROUP = 0.5  # correlation of rewards within a group, for the design effect; larger means less evidence
+# T, share of the starting level and share of the range that make a fall a collapse. T is that of every error in the
+# toolbox; the shares because a small fall is no collapse, however certain. Judgement.
+FALL = (4.0, 0.5, 0.1)
+WITHIN_GROUP = 0.5  # correlation of rewards within a group where it is not measured; larger means less evidence
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Fall:
     start: float
     now: float
     t: float
-    onset: int  # the step after the last one at which the reward was still near its start
+    onset: int  # about the last step at which the reward was still near its start
     n: int  # completions behind the two levels
 
 
@@ -28,8 +31,9 @@ def early_fall(run: RunView, limit_t: float, share_of_start: float, share_of_ran
     """Whether the newest 10 steps lie far below the run's first 5.
 
     The standard error of a step's mean reward comes from the spread and number of its completions:
-    se^2 = reward_std^2 * deff / n, with deff = 1 + (G-1) * 0.5 for the correlation within groups of G; that of the
-    newest mean is at least what the 10 steps themselves show. A fall counts when T < -limit_t and when it is at least
+    se^2 = reward_std^2 * deff / n, with deff = 1 + (G-1) * rho for groups of G, where rho, the correlation within a
+    group, is 1 - (within-group std / reward_std)^2 at the start. The newest mean's is at least what the 10 steps
+    themselves show. A fall counts when T < -limit_t and when it is at least
     `share_of_start` of the starting level and `share_of_range` of the reward range.
     """
     window = run.window("reward", NEWEST_POINTS, min_n=NEWEST_POINTS)
@@ -38,13 +42,17 @@ def early_fall(run: RunView, limit_t: float, share_of_start: float, share_of_ran
     seen = sum(n for *_, n in run.blocks("reward")) + (run.rings["reward"].pending_block[1] if window else 0)
     if window is None or len(first) < START_POINTS or seen < START_POINTS + NEWEST_POINTS:
         return Unknown("fewer than 15 rewards so far")
-    if len(spread) < START_POINTS or len(completions) < START_POINTS:
+    if len(spread) < START_POINTS or len(completions) < START_POINTS or completions.min() <= 0:
         return Unknown("the number of completions behind the reward, or their spread, is not known")
     low, high = run.last("rewards/min_seen"), run.last("rewards/max_seen")
     if low is None or high is None or high <= low:
         return Unknown("the range of the reward is not known")
     group = run.number("num_generations", 1.0) or 1.0
-    deff = 1.0 + (group - 1.0) * WITHIN_GROUP
+    within = run.first("groups/std_mean", START_POINTS)
+    rho = WITHIN_GROUP
+    if len(within) == START_POINTS and spread.mean() > 0:
+        rho = max(0.0, 1.0 - float(within.mean() / spread.mean()) ** 2)
+    deff = 1.0 + (group - 1.0) * rho
     # A step whose rewards all tie says nothing of the spread between prompts: take the start's for both.
     variance = float(np.mean(spread**2)) * deff / float(np.mean(completions))
     start, now = float(first.mean()), window.mean
@@ -57,8 +65,10 @@ def early_fall(run: RunView, limit_t: float, share_of_start: float, share_of_ran
     t = -drop / se
     if t > -limit_t or drop < share_of_start * (start - low) or drop < share_of_range * (high - low):
         return None
-    recent = run.window("reward")
+    recent = run.window("reward", min_n=3)
     assert recent is not None
-    near = np.flatnonzero(recent.values >= start - 0.5 * drop)
-    onset = int(recent.steps[min(int(near[-1]) + 1, len(recent) - 1)]) if len(near) else run.segment_start
+    # The fall began before it showed: at the middle of the last three steps that were near the start together.
+    smooth = np.convolve(recent.values, np.ones(3) / 3, "valid")
+    near = np.flatnonzero(smooth >= start - 0.25 * drop)
+    onset = int(recent.steps[int(near[-1]) + 1]) if len(near) else run.segment_start
     return Fall(start, now, t, onset, round(float(completions.mean()) * (START_POINTS + NEWEST_POINTS)))

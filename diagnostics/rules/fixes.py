@@ -109,6 +109,22 @@ def scale_field(run: RunView, id: str, field: str, factor: float, **more: Any) -
     return set_field(run, id, field, float(f"{old * factor:.3g}"), **more)
 
 
+def tried_and_failed(run: RunView, field: str, factor: float) -> bool:
+    """Whether a change of `field` from its value now to `factor` times that was tried in this run and failed."""
+    now = run.number(field)
+    if now is None:
+        return False
+    tried = (change.get(field) for change in run.facts.get("failed_changes", ()))
+    return any(
+        _is_number(c["old"])
+        and _is_number(c["new"])
+        and math.isclose(c["old"], now, rel_tol=0.01)
+        and math.isclose(c["new"], factor * now, rel_tol=0.05)
+        for c in tried
+        if c is not None
+    )
+
+
 def advise(
     id: str, title: str, *, applicability: Applicability = "inspect", when: When = "code", **more: Any
 ) -> Suggestion:

@@ -19,7 +19,16 @@ from outspoken.diagnostics.records import (
     Suggestion,
     Unknown,
 )
-from outspoken.diagnostics.rules.fixes import advise, consider, listed, round_up, scale_field, set_field
+from outspoken.diagnostics.rules.falls import FALL, NEWEST_POINTS, START_POINTS, Fall, early_fall
+from outspoken.diagnostics.rules.fixes import (
+    advise,
+    consider,
+    listed,
+    round_up,
+    scale_field,
+    set_field,
+    tried_and_failed,
+)
 from outspoken.diagnostics.rules.reading import (
     HINT,
     REWARD,
@@ -111,7 +120,7 @@ def more_generations(run: RunView, id: str, share: float, target: float, signal:
     severity="warning",
     methods=GROUPED_RL,
     keep=5,
-    inhibited_by=(*SILENCED_BY, "RL004", "RL016", "RL003", "RL002"),
+    inhibited_by=(*SILENCED_BY, "RL033", "RL004", "RL016", "RL003", "RL002"),
     params={
         "limit": 0.60,
         "clear": 0.50,
@@ -303,7 +312,7 @@ def all_correct_groups(run: RunView, p: Params) -> RuleResult:
     severity="warning",
     methods=GROUPED_RL,
     needs=("groups/all_failed",),
-    inhibited_by=(*SILENCED_BY, "RL004", "RL016"),
+    inhibited_by=(*SILENCED_BY, "RL033", "RL004", "RL016"),
     params={"limit": 0.60, "clear": 0.50, "min_groups": 64, "error": 0.95, "error_groups": 128},
 )
 def all_wrong_groups(run: RunView, p: Params) -> RuleResult:
@@ -1326,6 +1335,10 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
     `completions/at_cap` (less than half of those without an end token), or else from a longest completion below the
     cap while more than 95 % do not end.
 
+    If fewer than 10 % were cut in the run's first 5 steps, and the reward has since collapsed below where it began
+    (RL033), the policy has forgotten how to end: the cap is not the cause, and nothing about it is proposed. While
+    RL033 fires, this finding is recorded and not shown.
+
     ## When it is fine
 
     Stop strings and tool turns may end a completion without an end token. Cut answers that score as well as the others
@@ -1367,6 +1380,13 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
         harmless = cut_reward >= whole_reward - 0.05 * spread
         paid = f" They score {cut_reward:.3g}, the others {whole_reward:.3g}."
         evidence.append(median_evidence(run, "completions/truncated_reward", cut_reward, whole_reward))
+    fell = early_fall(run, *FALL)
+    before = run.first(name, START_POINTS)
+    if len(before) == START_POINTS and float(before.mean()) < p.clear:
+        if isinstance(fell, Fall):
+            return _lost_the_end(run, p, pooled, cap, severity, fell, evidence)
+        if isinstance(fell, Unknown) and run.segment and run.segment_points < NEWEST_POINTS:
+            return Unknown("how the reward moves since the change is not known yet")
     grown = length_growth(run, p.growth, p.min_growth)
     without_reward = grown is not None and not _pays(run, grown[0])
     looping = _ends_early(run, p, pooled, cap)
@@ -1795,6 +1815,32 @@ LEADERS: tuple[tuple[str, stats.Direction, tuple[str, ...]], ...] = (
 )
 
 
+def _lost_the_end(
+    run: RunView,
+    p: Params,
+    pooled: PooledWindow,
+    cap: int | None,
+    severity: Severity,
+    fell: Fall,
+    evidence: list[Evidence],
+) -> Finding:
+    """Completions ended at first, then the policy collapsed and they no longer do."""
+    reached = "the length cap" if cap is None else f"max_completion_length={cap}"
+    name = pooled.name
+    return Finding(
+        message=f"{pooled.mean:.0%} of {over(run, pooled, 'completions')} reached {reached} (limit {p.limit:.0%}), "
+        f"after {run.first(name, START_POINTS).mean():.0%} at the start: they stopped ending when the reward fell.",
+        advice="Consider a lower learning_rate from an earlier checkpoint (RL033), not a higher cap.",
+        evidence=[*evidence, Evidence(REWARD, "early_fall_t", fell.t, fell.n, span(run, REWARD, 10), fell.start)],
+        suggestions=(advise("RL016.5", "Look at RL033 first: a higher cap only makes the loops longer"),),
+        severity=severity,
+        confidence="medium",
+        onset_step=fell.onset,
+        impact="the policy no longer ends its answers",
+        explained_by=("RL033",),
+    )
+
+
 @rule(
     "RL033",
     "reward-collapse",
@@ -1813,6 +1859,9 @@ LEADERS: tuple[tuple[str, stats.Direction, tuple[str, ...]], ...] = (
         "gain_errors": 6.0,
         "min_share": 0.05,
         "share_of_range": 0.25,
+        "early_t": FALL[0],
+        "early_share_of_start": FALL[1],
+        "early_share_of_range": FALL[2],
     },
 )
 def reward_collapse(run: RunView, p: Params) -> RuleResult:
@@ -1830,6 +1879,10 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
     5 % of the reward range; a run that never rose must fall by 25 % of the range instead, and every fall must be 5 %
     of the range. Every 5 steps, twice in a row. It resolves when the reward is within 12.5 % of the gain of its best.
 
+    Early, before there are 50 steps: the newest 10 steps against the run's first 5, with the standard error that the
+    spread and number of the completions imply (design effect of groups included). T < -4 and a fall by half of the
+    starting level and by 10 % of the reward range is a collapse below where the run began.
+
     Signals that left their course in the last 150 steps (gradient norm, entropy, KL, clipping, lengths) are listed
     with the step at which they began, the earliest first: it is the likeliest cause, and no proof.
 
@@ -1841,17 +1894,24 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
     ## What to change
 
     - Go back to the checkpoint before the fall and train on with 0.3 of the learning rate, after fixing what moved
-      first.
+      first. A run that trains can do this by itself, if it has written a checkpoint by then. Where 0.3 has been tried
+      and failed, 0.1. Risk: the steps since the checkpoint are lost.
+    - Or lower the learning rate and go on. Risk: a policy that has collapsed may give no signal to learn from.
 
     ## Sources
 
     Collapse patterns: arXiv 2505.07291. T < -4 and 25 % of the gain: judgement; -6 allows for the best window being
     chosen after the fact.
     """
+    fell = early_fall(run, p.early_t, p.early_share_of_start, p.early_share_of_range)
+    if isinstance(fell, Fall):
+        return _fallen_below_start(run, p, fell)
     window = run.window(REWARD, CAPACITY, min_n=50)
     blocks = run.blocks(REWARD)
     start = run.first(REWARD, 22)[2:]
     if window is None or len(blocks) < 3 or len(start) < 20:
+        if fell is None and run.is_firing:
+            return None  # it is back near its start
         return Unknown("the reward has fewer than 50 points in this segment")
     values = window.values
     now = float(values[-25:].mean())
@@ -1905,6 +1965,39 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
         onset_step=_onset(window.steps, values, best, now),
         impact="what was learned is being lost",
         causes=tuple(firing),
+        not_checked=("whether prompts or reward changed: not measured", *held_out_unchecked(run)),
+    )
+
+
+def _fallen_below_start(run: RunView, p: Params, fell: Fall) -> Finding:
+    moved = _moved_before(run)
+    low = run.last("rewards/min_seen") or 0.0
+    back = float(f"{fell.now + 0.7 * (fell.start - fell.now):.3g}")
+    expect = Expectation(REWARD, "above", back, 50, min_n=10)
+    factor = 0.1 if tried_and_failed(run, "learning_rate", 0.3) else 0.3
+    again = scale_field(
+        run,
+        "RL033.1",
+        "learning_rate",
+        factor,
+        when="earlier_checkpoint",
+        preconditions=(f"a checkpoint from before step {fell.onset}",),
+        expect=expect,
+    )
+    on = scale_field(run, "RL033.2", "learning_rate", factor, expect=expect, risk="high")
+    return Finding(
+        message=f"The reward collapsed from {fell.start:.3g} in the run's first {START_POINTS} steps to {fell.now:.3g} "
+        f"(T={fell.t:.1f}, limit -{p.early_t:g}), from about step {fell.onset}.",
+        advice=f"Consider going back to a checkpoint before step {fell.onset} with {_from_to(again)}.",
+        evidence=[
+            Evidence(REWARD, "early_fall_t", fell.t, fell.n, span(run, REWARD, 10), fell.start, -p.early_t, "below"),
+            *moved,
+        ],
+        suggestions=(again, on),
+        confidence="high" if fell.now <= low + 0.1 * (fell.start - low) else "medium",
+        onset_step=fell.onset,
+        impact="what the model could do before training is being lost",
+        causes=tuple(code for _, _, codes in LEADERS for code in codes if code in run.firing and code != "RL016"),
         not_checked=("whether prompts or reward changed: not measured", *held_out_unchecked(run)),
     )
 
