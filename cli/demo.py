@@ -104,22 +104,13 @@ def demo(fault: str = "truncation", seed: int = 0, output_dir: str | Path = "out
             "3. GRPO with a planted fault",
             f"max_completion_length is {CAP_THAT_CUTS}: every answer is cut before its result. An agent watches.",
         )
-        planted: dict[str, Any] = {"max_completion_length": CAP_THAT_CUTS}
     else:
         heading(
             "3. GRPO with a planted fault",
             f"learning_rate is {LEARNING_RATE_FACTOR} times too large. An agent watches.",
         )
-        planted = {
-            "learning_rate": LEARNING_RATE * LEARNING_RATE_FACTOR,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 20,
-            "save_strategy": "steps",
-            "save_steps": 5,
-            "save_total_limit": None,  # the last good one may be far back
-        }
     faulty_dir = out / f"grpo-{fault.replace('_', '-')}"
-    faulty = reinforce(model, tokenizer, faulty_dir, seed, FAULTY_STEPS[fault], planted, with_agent=True)
+    faulty = reinforce(model, tokenizer, faulty_dir, seed, FAULTY_STEPS[fault], planted(fault), with_agent=True)
 
     heading("What happened", f"{time.monotonic() - started:.0f} seconds in all.")
     for title, outcome in (("healthy", healthy), ("faulty ", faulty)):
@@ -139,6 +130,20 @@ def demo(fault: str = "truncation", seed: int = 0, output_dir: str | Path = "out
     other = "learning_rate" if fault == "truncation" else "truncation"
     print(f"  outspoken demo --fault {other}")
     return [healthy, faulty]
+
+
+def planted(fault: str) -> dict[str, Any]:
+    """The settings that make a run go wrong."""
+    if fault == "truncation":
+        return {"max_completion_length": CAP_THAT_CUTS}
+    return {
+        "learning_rate": LEARNING_RATE * LEARNING_RATE_FACTOR,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "save_total_limit": None,  # the last good one may be far back
+    }
 
 
 def heading(title: str, text: str) -> None:
@@ -171,7 +176,7 @@ def reinforce(
     output_dir: Path,
     seed: int,
     steps: int,
-    planted: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
     with_agent: bool = False,
 ) -> Outcome:
     settings = {
@@ -181,7 +186,7 @@ def reinforce(
         "max_completion_length": CAP,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
-        **(planted or {}),
+        **(more or {}),
     }
     trainer = GRPOTrainer(
         model,

@@ -29,7 +29,7 @@ def above(name, limit, message=None):
 
 
 def make(code, check, **kwargs):
-    defaults = dict(severity="warning", methods=("sft",), warm_up=False, for_=1, keep=2, params={})
+    defaults = {"severity": "warning", "methods": ("sft",), "warm_up": False, "for_": 1, "keep": 2, "params": {}}
     fields = {**defaults, **kwargs}
     return Rule(code, code.lower(), check=check, **fields)
 
@@ -117,7 +117,7 @@ class TestLifeCycle:
         e = engine(make("AAA001", above("x", 1)))
         feed(e, [2, 2])
         e.open_segment(2, "change", {"learning_rate": 1})
-        again = [t for t in e.observe(Observation(3, {"x": 2}))]
+        again = e.observe(Observation(3, {"x": 2}))
         assert [(t.record["state"], t.shown, t.record["segment"]) for t in again] == [("firing", False, 1)]
         assert e.observe(Observation(4, {"x": 2})) == []
 
