@@ -298,7 +298,7 @@ class DiagnosticsCallback(TrainerCallback):
     @_guarded
     def _saved(self, args: Any, step: int) -> None:
         if self.engine is not None:
-            good = not self._errors() and self.engine.verdict()["state"] not in ("broken", "collapsing")
+            good = not self.engine.errors("firing") and self.engine.verdict()["state"] not in ("broken", "collapsing")
             self._checkpoints.append(_Checkpoint(step, _checkpoint_path(args, step), good))
             del self._checkpoints[:-CHECKPOINTS_KEPT]
 
@@ -418,8 +418,9 @@ class DiagnosticsCallback(TrainerCallback):
             return
         facts = torch_probes.gradient_facts(self._model)
         self._step_values.update({k: facts[k] for k in ("grad/zero_share", "grad/nonfinite") if k in facts})
-        if facts.get("grad/nonfinite_names"):
-            self.engine.view.facts["grad/nonfinite_names"] = facts["grad/nonfinite_names"]
+        known = self.engine.view.facts
+        if facts.get("grad/nonfinite_names") and not (self._bad_gradient and "grad/nonfinite_names" in known):
+            known["grad/nonfinite_names"] = facts["grad/nonfinite_names"]  # of the step where it began, not the rest
 
     def _around_rewards(self, original: Callable[..., Any]) -> Callable[..., Any]:
         timed = self._timed("score", in_eval=False)(original)
@@ -566,6 +567,8 @@ class DiagnosticsCallback(TrainerCallback):
             **torch_probes.device_facts(args.device),
             **self._recorder.facts,
         }
+        if hasattr(trainer, "reward_func_names"):
+            facts["reward_functions"] = list(trainer.reward_func_names)
         uuid = facts.get("device_uuid")
         self._nvml = host_probes.NvmlProbe([uuid] if uuid else None) if args.device.type == "cuda" else None
         self.engine = Engine(
@@ -674,15 +677,6 @@ class DiagnosticsCallback(TrainerCallback):
                 self._told.add(code)
                 self._note(f"rule {code} cannot judge: {reason}; training goes on")
 
-    def _errors(self) -> frozenset[str]:
-        if self.engine is None:
-            return frozenset()
-        return frozenset(
-            code
-            for code, record in self.engine.diagnostics().items()
-            if record["state"] == "firing" and record["severity"] == "error"
-        )
-
     # ------------------------------------------------------------------ changes
 
     def _requests(self, step: int) -> list[dict[str, Any]]:
@@ -731,7 +725,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     def _judge_trial(self, trial: changes.Trial) -> list[dict[str, Any]]:
         assert self.engine is not None
-        judgement = changes.judge(trial, self.engine.view, self._errors())
+        judgement = changes.judge(trial, self.engine.view, self.engine.errors("firing"))
         if judgement is None:
             return []
         self._trial = None
@@ -774,7 +768,9 @@ class DiagnosticsCallback(TrainerCallback):
         try:
             trial = None
             if self.engine is not None and applies:
-                trial = changes.start_trial(request, self.engine.view, self._errors())
+                trial = changes.start_trial(
+                    request, self.engine.view, self.engine.errors("firing", "suppressed", "unknown")
+                )
             if restore is not None:
                 self._restore(restore)
             live.apply_fields(self._trainer, self._args, action["set"], self._optimizer, self._scheduler)
