@@ -44,7 +44,7 @@ types: $(VENV)/.dev
 	MYPYPATH=$(VENV)/src $(BIN)/mypy -p outspoken.diagnostics -p outspoken.schemas -p outspoken.agent_api -p outspoken.trainers -p outspoken.cli -m outspoken
 
 bench: $(VENV)/.dev
-	$(ENV) $(BIN)/python -m benchmarks.run
+	$(ENV) $(BIN)/python benchmarks/cost.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

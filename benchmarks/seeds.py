@@ -21,7 +21,7 @@ from datasets.utils.logging import disable_progress_bar
 
 from outspoken import SFTConfig, SFTTrainer
 from outspoken.cli import demo
-from outspoken.cli.demo_task import build_model, build_tokenizer, problems, solved_examples
+from outspoken.cli.demo_task import build_model, build_tokenizer, solved_examples
 
 DOC = Path(__file__).parents[1] / "docs" / "seeds.md"
 SEEDS = 10

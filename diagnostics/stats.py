@@ -226,10 +226,24 @@ class Cusum:
 
     def first_alarm(self, values: Values) -> int | None:
         """Feed values up to the first alarm; the index of the one that raised it, or `None` if none did."""
-        for i, x in enumerate(values):
-            if self.update(float(x)):
-                return i
-        return None
+        data = np.asarray(_finite(values))
+        if not len(data):
+            return None
+        z = np.clip((data - self.center) / self.sd, -self.clip, self.clip)
+        sums = []
+        for watched, start, step in ((self.direction != "down", self.up, z), (self.direction != "up", self.down, -z)):
+            path = start + np.cumsum(step - self.k)  # S = path less its lowest point below 0 so far
+            sums.append(path - np.minimum(np.minimum.accumulate(path), 0.0) if watched else np.zeros(len(z)))
+        over = np.flatnonzero(np.maximum(*sums) > self.h)
+        at = int(over[0]) if len(over) else None
+        seen = len(data) if at is None else at + 1
+        for i, name in enumerate(("up", "down")):
+            setattr(self, name, float(sums[i][seen - 1]))
+            zeros = np.flatnonzero(sums[i][:seen] <= 0.0)
+            if len(zeros) and self.direction != ("down" if name == "up" else "up"):
+                setattr(self, f"_{name}_zero", self.n + int(zeros[-1]) + 1)
+        self.n += seen
+        return at
 
     @property
     def statistic(self) -> float:

@@ -135,10 +135,10 @@ def progress(view: RunView) -> Progress | None:
     width = min(MAX_POINTS, max(MIN_POINTS, n // 3))
     recent = stats.two_window(window.values[-2 * width : -width], window.values[-width:]) if n >= 2 * width else None
     first = view.first(name, width)
-    ring_points = sum(b[2] for b in view.blocks(name)) + view.rings[name].pending_block[1]
     total = None
     newest = window.values[-min(width, n) :]
-    if len(newest) >= MIN_POINTS and len(first) >= MIN_POINTS and ring_points >= len(first) + len(newest):
+    seen = view.rings[name].total
+    if len(newest) >= MIN_POINTS and len(first) >= MIN_POINTS and seen >= len(first) + len(newest):
         total = stats.two_window(first, newest)
     return Progress(name, sign, recent, total, float(np.mean(newest)), n, window.span)
 

@@ -102,6 +102,7 @@ class Ring:
         "last_step",
         "pending_block",
         "size",
+        "total",
     )
 
     def __init__(self) -> None:
@@ -109,6 +110,7 @@ class Ring:
         self._values = np.empty(2 * CAPACITY)
         self._end = 0
         self.size = 0  # points of this segment within the ring, at most CAPACITY
+        self.total = 0  # points of the whole run
         self.base: Base | None = None
         self.last_step = -1
         self.blocks: list[tuple[float, float, float]] = []  # (last step, mean, n) over the run, all segments
@@ -124,6 +126,7 @@ class Ring:
         self._steps[self._end] = step
         self._values[self._end] = value
         self._end += 1
+        self.total += 1
         self.size = min(self.size + 1, CAPACITY)
         self.last_step = int(step)
         if len(self.first) < FIRST_POINTS:

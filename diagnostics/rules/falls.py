@@ -39,8 +39,7 @@ def early_fall(run: RunView, limit_t: float, share_of_start: float, share_of_ran
     window = run.window("reward", NEWEST_POINTS, min_n=NEWEST_POINTS)
     first, spread = run.first("reward", START_POINTS), run.first("reward_std", START_POINTS)
     completions = run.first("num_completions", START_POINTS)
-    seen = sum(n for *_, n in run.blocks("reward")) + (run.rings["reward"].pending_block[1] if window else 0)
-    if window is None or len(first) < START_POINTS or seen < START_POINTS + NEWEST_POINTS:
+    if window is None or run.rings["reward"].total < START_POINTS + NEWEST_POINTS:
         return Unknown("fewer than 15 rewards so far")
     if len(spread) < START_POINTS or len(completions) < START_POINTS or completions.min() <= 0:
         return Unknown("the number of completions behind the reward, or their spread, is not known")
