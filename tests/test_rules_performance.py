@@ -300,10 +300,12 @@ def test_other_ways_to_save_memory():
     assert records[0]["advice"] == "Consider setting use_liger_kernel from False to True."
 
 
-def test_the_uncut_loss_of_sft_is_named():
-    config = {**CONFIG, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "loss_type": "nll"}
-    _, records = watch(FULL, steps=40, config=config)
-    assert applied(records[0], config)["loss_type"] == "chunked_nll"
+def test_our_own_trainers_are_not_told_to_use_liger():
+    config = {**CONFIG, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "use_liger_kernel": False}
+    _, records = watch(FULL, steps=40, config=config | {"diagnose": True}, method="grpo")
+    assert records[0]["suggestions"] == []
+    _, records = watch(FULL, steps=40, config=config, method="grpo")
+    assert applied(records[0], config)["use_liger_kernel"] is True
 
 
 def test_never_both_at_once():

@@ -354,9 +354,9 @@ def near_oom(run: RunView, p: Params) -> Finding | Unknown | None:
 
     - `per_device_train_batch_size` b -> b*0.9*(usable - S)/(peak - S), rounded down to a divisor of the effective
       batch, which `gradient_accumulation_steps` keeps. Slower, safe.
-    - `gradient_checkpointing` False -> True; `loss_type` "nll" -> "chunked_nll" in SFT; `use_liger_kernel`
-      False -> True in RL and preference training; `max_completion_length` down to 1.1 times the 99th percentile of
-      completions that ended.
+    - `gradient_checkpointing` False -> True; `use_liger_kernel` False -> True in the RL and preference trainers of TRL
+      (ours never build the full logits); `max_completion_length` down to 1.1 times the 99th percentile of completions
+      that ended.
 
     ## Sources
 
@@ -459,9 +459,8 @@ def _less_memory(run: RunView, memory: Memory) -> tuple[list[Suggestion], str]:
     switches: list[tuple[str, Any, str]] = []
     if config.get("gradient_checkpointing") is False:
         switches.append(("gradient_checkpointing", True, "recomputed activations: slower steps"))
-    if run.method == "sft" and config.get("loss_type") == "nll":
-        switches.append(("loss_type", "chunked_nll", "none on the loss"))
-    if run.method in LIGER and config.get("use_liger_kernel") is False:
+    ours = "diagnose" in config  # our trainers refuse Liger's losses: they compute their own
+    if run.method in LIGER and config.get("use_liger_kernel") is False and not ours:
         switches.append(("use_liger_kernel", True, "needs liger-kernel and a CUDA device"))
     cap, p99 = run.number("max_completion_length"), run.last("completions/p99_terminated_length")
     if cap is not None and p99:
