@@ -42,9 +42,8 @@ def work(path: str, since: float = 0.0) -> None:
             continue
         asked += 1
         say(f"the change is {change['state']} at step {change['step']}: {change['reason']}.")
-        if change["state"] == "verified":
-            return
-        failed.add(key(suggestion))
+        if change["state"] != "verified":
+            failed.add(key(suggestion))
 
 
 def settle(run: Run, diagnostic: str) -> str:

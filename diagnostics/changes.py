@@ -35,6 +35,15 @@ class Trial:
     errors_before: frozenset[str] = frozenset()
 
     @property
+    def earliest(self) -> int:
+        """The first step at which the promise may count as kept.
+
+        Weights that were just taken back to a good checkpoint are good at once; that they stay so is the effect.
+        """
+        expect = self.record.get("expect")
+        return self.step + (int(expect["within_steps"]) // 2 if expect and self.record.get("restore") else 0)
+
+    @property
     def deadline(self) -> int:
         expect = self.record.get("expect")
         return self.step + (int(expect["within_steps"]) if expect else WITHOUT_PROMISE)
@@ -85,7 +94,7 @@ def judge(trial: Trial, view: RunView, errors: frozenset[str]) -> Judgement | No
         return None
     value, n = _measure(expect, view)
     observed |= {"signal": expect["signal"], "value": value, "n": n}
-    if value is not None:
+    if value is not None and view.step >= trial.earliest:
         below = expect["direction"] == "below"
         if (value <= expect["value"]) if below else (value >= expect["value"]):
             return Judgement("verified", f"{_said(expect, value)}, as promised", observed)

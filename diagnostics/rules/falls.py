@@ -71,3 +71,26 @@ def early_fall(run: RunView, limit_t: float, share_of_start: float, share_of_ran
     near = np.flatnonzero(smooth >= start - 0.25 * drop)
     onset = int(recent.steps[int(near[-1]) + 1]) if len(near) else run.segment_start
     return Fall(start, now, t, onset, round(float(completions.mean()) * (START_POINTS + NEWEST_POINTS)))
+
+
+# What a policy that changed looks like: these differ from the run's first steps by a factor, or a share by this much.
+MOVED_FACTOR, MOVED_SHARE = 1.5, 0.2
+
+
+def policy_moved(run: RunView) -> bool:
+    """Whether the newest 10 steps' completions differ from the run's first 5 in entropy, length, or how they end.
+
+    A reward that becomes constant while the policy is as it was points to the reward function; with a policy that
+    moved it points to the policy.
+    """
+    for name in ("entropy", "completions/mean_length", "completions/clipped_ratio"):
+        first, window = run.first(name, START_POINTS), run.window(name, NEWEST_POINTS, min_n=3)
+        if len(first) < START_POINTS or window is None:
+            continue
+        start, now = float(first.mean()), window.median
+        if name == "completions/clipped_ratio":
+            if abs(now - start) > MOVED_SHARE:
+                return True
+        elif now > MOVED_FACTOR * start or now < start / MOVED_FACTOR:
+            return True
+    return False

@@ -19,7 +19,7 @@ from outspoken.diagnostics.records import (
     Suggestion,
     Unknown,
 )
-from outspoken.diagnostics.rules.falls import FALL, NEWEST_POINTS, START_POINTS, Fall, early_fall
+from outspoken.diagnostics.rules.falls import FALL, NEWEST_POINTS, START_POINTS, Fall, early_fall, policy_moved
 from outspoken.diagnostics.rules.fixes import (
     advise,
     consider,
@@ -598,6 +598,8 @@ def _constant_functions(run: RunView, stuck: list[_Constant], alone: bool) -> Fi
         confidence="low" if first.completions is None else "medium",
         onset_step=first.evidence.window[0],
         impact="a constant reward has no gradient",
+        # A policy that collapsed scores nothing too; then the reward function is not to blame.
+        explained_by=("RL033",) if first.varied and policy_moved(run) else (),
         not_checked=(
             "the reward function on a reference answer: not tried",
             *(() if first.completions is not None else ("how many completions a step holds is not known",)),
@@ -1994,12 +1996,19 @@ def _fallen_below_start(run: RunView, p: Params, fell: Fall) -> Finding:
             *moved,
         ],
         suggestions=(again, on),
+        explained_by=("RL004",) if _constant(run) and not policy_moved(run) else (),
         confidence="high" if fell.now <= low + 0.1 * (fell.start - low) else "medium",
         onset_step=fell.onset,
         impact="what the model could do before training is being lost",
         causes=tuple(code for _, _, codes in LEADERS for code in codes if code in run.firing and code != "RL016"),
         not_checked=("whether prompts or reward changed: not measured", *held_out_unchecked(run)),
     )
+
+
+def _constant(run: RunView) -> bool:
+    """Whether every one of the newest 10 rewards is the same."""
+    window = run.window(REWARD, NEWEST_POINTS)
+    return window is not None and float(window.values.min()) == float(window.values.max())
 
 
 def _best(blocks: list[tuple[float, float, float]]) -> tuple[float, int]:
