@@ -1996,7 +1996,7 @@ def _fallen_below_start(run: RunView, p: Params, fell: Fall) -> Finding:
             *moved,
         ],
         suggestions=(again, on),
-        explained_by=("RL004",) if _constant(run) and not policy_moved(run) else (),
+        explained_by=("RL004",) if _all_equal(run) and not policy_moved(run) else (),
         confidence="high" if fell.now <= low + 0.1 * (fell.start - low) else "medium",
         onset_step=fell.onset,
         impact="what the model could do before training is being lost",
@@ -2005,7 +2005,7 @@ def _fallen_below_start(run: RunView, p: Params, fell: Fall) -> Finding:
     )
 
 
-def _constant(run: RunView) -> bool:
+def _all_equal(run: RunView) -> bool:
     """Whether every one of the newest 10 rewards is the same."""
     window = run.window(REWARD, NEWEST_POINTS)
     return window is not None and float(window.values.min()) == float(window.values.max())
