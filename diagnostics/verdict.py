@@ -12,7 +12,7 @@ import numpy as np
 
 from outspoken.diagnostics import stats
 from outspoken.diagnostics.records import Confidence, Evidence, Severity
-from outspoken.diagnostics.view import RunView
+from outspoken.diagnostics.view import Array, RunView
 
 SCHEMA = "outspoken.verdict/1"
 
@@ -48,6 +48,7 @@ SIGNIFICANT = 3.5  # |T| of the two-window test
 DWELL_STEPS = 20  # a state is kept this long, unless the run breaks or collapses
 MIN_POINTS = 8  # points on each side of a comparison
 MAX_POINTS = 50
+EARLY_POINTS = 10  # a short beginning, beside the long one
 CEILING = 0.95  # share of the largest reward seen above which a flat reward means converged
 SMALL_MDE = 0.05  # a change that a plateau must be able to exclude, as a share of the signal's range
 
@@ -134,13 +135,21 @@ def progress(view: RunView) -> Progress | None:
     n = len(window)
     width = min(MAX_POINTS, max(MIN_POINTS, n // 3))
     recent = stats.two_window(window.values[-2 * width : -width], window.values[-width:]) if n >= 2 * width else None
-    first = view.first(name, width)
-    total = None
     newest = window.values[-min(width, n) :]
-    seen = view.rings[name].total
-    if len(newest) >= MIN_POINTS and len(first) >= MIN_POINTS and seen >= len(first) + len(newest):
-        total = stats.two_window(first, newest)
+    total = _since_beginning(view, name, newest, (EARLY_POINTS, width))
     return Progress(name, sign, recent, total, float(np.mean(newest)), n, window.span)
+
+
+def _since_beginning(view: RunView, name: str, newest: Array, widths: tuple[int, ...]) -> stats.TwoWindow | None:
+    """The newest points against the run's first ones. Of several widths of the beginning the clearest counts: a short
+    one sees a gain that came at once, a long one a gain that came slowly."""
+    compared = []
+    for width in widths:
+        first = view.first(name, width)
+        if min(len(first), len(newest)) < MIN_POINTS or view.rings[name].total < len(first) + len(newest):
+            continue
+        compared.append(stats.two_window(first, newest))
+    return max((c for c in compared if c is not None), key=lambda c: abs(c.t), default=None)
 
 
 def nothing_yet() -> Verdict:
