@@ -1,6 +1,7 @@
 """What every trainer's config shares: live fields, and the defaults that differ from `TrainingArguments`."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,4 +88,7 @@ class OutspokenConfig(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and bf16_supported()
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # The field keeps TRL's name; that transformers is about to rename it is not the user's business.
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+            super().__post_init__()
