@@ -582,7 +582,7 @@ class DiagnosticsCallback(TrainerCallback):
         )
         self._writer = RunDirectory(folder, resume=previous is not None, say=self._note)
         if previous is not None:
-            self._replay(folder, args, state.global_step)
+            self._replay(previous, folder, args, state.global_step)
             self.engine.open_segment(state.global_step, "resumed", config)
             if self._carried_over:
                 kept = ", ".join(f"{name}={value}" for name, value in self._carried_over.items())
@@ -617,7 +617,7 @@ class DiagnosticsCallback(TrainerCallback):
             return default_sinks(os.environ, self.run_id)
         return [sink if isinstance(sink, Guarded) else Guarded(sink) for sink in self._given_sinks]
 
-    def _replay(self, folder: Path, args: Any, step: int) -> None:
+    def _replay(self, previous: Mapping[str, Any], folder: Path, args: Any, step: int) -> None:
         """Give a resumed run's engine what it had seen before the checkpoint."""
         assert self.engine is not None
         records, _ = read_jsonl(folder / METRICS)
@@ -630,8 +630,9 @@ class DiagnosticsCallback(TrainerCallback):
             self.engine.observe(Observation.from_raw(record["step"], raw, record.get("time"), record.get("epoch")))
             if os.path.isdir(_checkpoint_path(args, record["step"])):
                 self._saved(args, record["step"])
-        self.engine.view.segment = max((r["segment"] for r in records if isinstance(r.get("segment"), int)), default=0)
         seen = self.engine.view
+        used = [r["segment"] for r in (*records, previous) if isinstance(r.get("segment"), int)]
+        seen.segment = max(used, default=0)  # also those of steps that were thrown away: a number is given once
         self._range = RewardRange(seen.last("rewards/min_seen"), seen.last("rewards/max_seen"))
 
     @_guarded

@@ -17,7 +17,9 @@ from outspoken.diagnostics.view import Array, RunView
 
 SCHEMA = "outspoken.change/1"
 
-HARM_T = 4.0  # a goal that falls by this many standard errors has been harmed
+# A goal that falls by this many standard errors has been harmed. Measured on changes without any effect: none is
+# blamed at independent steps, 1 in 400 at a lag-1 correlation of 0.3, 1 in 40 at 0.6.
+HARM_T = 4.0
 HARM_POINTS = 10  # points after the change before harm is judged
 GOAL_POINTS = 30  # points of the goal kept from before the change
 WITHOUT_PROMISE = 30  # steps after which a change that promised nothing counts as harmless
