@@ -787,7 +787,16 @@ def _more_entropy(run: RunView, now: float) -> tuple[Suggestion, ...]:
     for_=3,
     keep=4,
     inhibited_by=SILENCED_BY,
-    params={"rise": 2.0, "clear": 1.5, "min_rise": 0.05, "trend_z": 3.5, "grad_rise": 1.25},
+    params={
+        "rise": 2.0,
+        "clear": 1.5,
+        "min_rise": 0.05,
+        "trend_z": 3.5,
+        "grad_rise": 1.25,
+        "leap": 5.0,
+        "leap_floor": 3.0,
+        "leap_nats": 0.3,
+    },
 )
 def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     """The policy's distribution flattens while the run gets worse.
@@ -805,6 +814,9 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     quarter or more), the difference between sampling and training log-probabilities rises (T > 3.5). Every 5 steps,
     three times in a row. An error when the reward falls. It resolves below 1.5 times the minimum.
 
+    Before there are 50 steps, only a leap counts: the newest 10 steps against the run's first 5, median five times as
+    high and all of them three times, at least 0.3 nats/token more, and a reward without a hint of a gain (T < 2).
+
     ## When it is fine
 
     Clip-higher and entropy bonuses raise entropy by design; a rise that levels off below 1 nat is reported as fine by
@@ -817,9 +829,12 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
 
     ## Sources
 
-    Fall, then steady rise before collapse: INTELLECT-2, arXiv 2505.07291. The factors 2, 1.5 and 1.25, and 0.05:
-    judgement.
+    Fall, then steady rise before collapse: INTELLECT-2, arXiv 2505.07291. The factors 2, 1.5, 1.25, 5 and 3, 0.05 and
+    0.3: judgement.
     """
+    leap = _leap(run, p)
+    if leap is not None:
+        return leap
     now, start = run.median("entropy"), reference(run, "entropy")
     window = run.window("entropy", CAPACITY, min_n=50)
     if now is None or start is None or window is None:
@@ -853,6 +868,39 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
         evidence=evidence,
         suggestions=suggestions,
         severity="error" if falls else "warning",
+        impact="completions turn into garbled text",
+        not_checked=("garbled text in completions: not measured",),
+    )
+
+
+def _leap(run: RunView, p: Params) -> Finding | None:
+    """Entropy that leapt far above the run's first steps, without a gain in reward."""
+    first, window = run.first("entropy", START_POINTS), run.window("entropy", NEWEST_POINTS, min_n=NEWEST_POINTS)
+    if window is None or len(first) < START_POINTS or run.rings["entropy"].total < START_POINTS + NEWEST_POINTS:
+        return None
+    start, now = float(first.mean()), window.median
+    factor = p.clear if run.is_firing else p.leap
+    if start <= 0 or now < factor * start or now - start < p.leap_nats:
+        return None
+    if not run.is_firing and float(window.values.min()) < p.leap_floor * start:
+        return None
+    newest = run.window(REWARD, NEWEST_POINTS, min_n=NEWEST_POINTS)
+    before = run.first(REWARD, NEWEST_POINTS)
+    gain = stats.two_window(before, newest.values) if newest is not None and len(before) >= START_POINTS else None
+    if gain is None or gain.t > HINT:
+        return None
+    suggestions = _less_entropy(run, now)
+    return Finding(
+        message=f"Entropy leapt to {now:.3g} nats/token, {now / start:.1f} times what it was in the run's first "
+        f"{START_POINTS} steps (limit {p.leap:g} times), and the reward has not risen since "
+        f"({gain.mean1:.3g} -> {gain.mean2:.3g}).",
+        advice=consider(suggestions[0]),
+        evidence=[
+            window.evidence("median", baseline=start, threshold=p.leap * start, direction="above"),
+            Evidence(REWARD, "two_window_t", gain.t, gain.n1 + gain.n2, span(run, REWARD, NEWEST_POINTS)),
+        ],
+        suggestions=suggestions,
+        severity="error" if gain.t < -SIGNIFICANT else "warning",
         impact="completions turn into garbled text",
         not_checked=("garbled text in completions: not measured",),
     )
