@@ -118,7 +118,7 @@ def surviving(observations: Sequence[dict[str, Any]], step: int) -> list[dict[st
         at = record.get("step")
         if not isinstance(at, int) or not isinstance(record.get("signals"), Mapping):
             continue
-        if kept and at < kept[-1]["step"]:
+        if kept and at <= kept[-1]["step"] and "time/step" in record["signals"]:  # not an evaluation after the step
             kept = [earlier for earlier in kept if earlier["step"] < at]
         if at <= step:
             kept.append(record)

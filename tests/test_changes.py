@@ -172,7 +172,11 @@ def test_without_a_promise():
 
 
 def observed(*steps_by_segment):
-    return [{"step": step, "segment": segment, "signals": {}} for segment, steps in steps_by_segment for step in steps]
+    return [
+        {"step": step, "segment": segment, "signals": {"time/step": 1.0}}
+        for segment, steps in steps_by_segment
+        for step in steps
+    ]
 
 
 def applied(step, segment, state="applied", **fields):
@@ -181,11 +185,23 @@ def applied(step, segment, state="applied", **fields):
 
 
 def test_surviving_observations():
-    """Killed after step 8, resumed from 5, killed after 7, resumed from 6."""
-    records = observed((0, range(1, 9)), (1, [6, 7]), (2, range(7, 10)))
+    """Killed after step 8, resumed from 5, evaluated and killed after 7, resumed from 6."""
+    evaluation = {"step": 7, "segment": 1, "signals": {"eval_loss": 1.0}}
+    records = [
+        *observed((0, range(1, 9)), (1, [6, 7])),
+        evaluation,
+        *observed((2, range(7, 10))),
+        {**evaluation, "step": 9},
+    ]
     kept = changes.surviving(records, 9)
-    assert [r["step"] for r in kept] == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9]  # 7 again right after 7 may be an evaluation
-    assert [r["segment"] for r in kept] == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2]
+    assert [(r["step"], r["segment"]) for r in kept] == [(s, 0) for s in range(1, 6)] + [
+        (6, 1),
+        (7, 2),
+        (8, 2),
+        (9, 2),
+        (9, 1),
+    ]
+    assert changes.surviving(records[:11], 9)[-2:] == [records[9], evaluation]
     assert [r["step"] for r in changes.surviving(records, 4)] == [1, 2, 3, 4]
     odd = [{"step": "1", "signals": {}}, {"signals": {}}, {"step": 1, "signals": 3}, {"step": 1, "signals": {}}]
     assert changes.surviving(odd, 9) == odd[3:]
