@@ -277,6 +277,14 @@ def test_a_second_spike_cuts_the_learning_rate():
     assert applied(last)["max_grad_norm"] == 5.0  # not live here, so left out of a live change
 
 
+def test_a_spike_that_goes_on_is_not_a_second_one():
+    """The learning rate is raised to 10 times at the spike: for 10 points after that nothing is said of it."""
+    rows = [{**row, "learning_rate": 1e-5} for row in steady(60)]
+    rows += [{**row, "learning_rate": 1e-4} for row in steady(18, 2.5)]
+    (record,) = fired(watch("NUM004", rows)[1])
+    assert record["severity"] == "warning" and "the first within" not in record["advice"]
+
+
 def test_a_spike_that_stays_is_an_error():
     _, records = watch("NUM004", [*steady(60), *steady(25, 2.0, 0.01)])
     errors = [r for r in fired(records) if r["severity"] == "error"]
@@ -439,6 +447,15 @@ def test_rl_gradients_that_equal_rewards_explain_point_to_rl001():
     assert watch("NUM008", rl_rows(8, 0.9), method="grpo")[1] == []  # 80 % is not more than 80 %
 
 
+@pytest.mark.parametrize("updates", [1, 4, 16])
+def test_a_rollout_of_equal_rewards_explains_all_its_updates(updates):
+    """The rewards are logged with the first of a rollout's updates only."""
+    rows = [{"grad_norm": 0.0} | ({"groups/zero_std": 1.0} if i % updates == 0 else {}) for i in range(40)]
+    (record,) = fired(watch("NUM008", rows, method="grpo")[1])
+    assert (record["step"], record["severity"]) == (30, "warning")
+    assert [c["code"] for c in record["causes"]] == ["RL001"] and "100% of the groups" in record["message"]
+
+
 def test_rl001_is_named_before_the_dead_gradient():
     rows = [
         {
@@ -502,6 +519,13 @@ def test_a_loss_that_jumps_and_stays_is_a_divergence_and_explains_the_spike():
     (record,) = fired(records, "NUM009")
     assert record["step"] <= 250 and "above the 50 points before (t" in record["message"]
     assert "NUM004" in record["inhibits"] or engine.diagnostics()["NUM004"]["state"] in ("suppressed", "resolved")
+
+
+def test_a_jump_that_overshoots_and_stays_is_a_divergence():
+    """As when the labels are wrong from a step on: 1 -> 5.5, and within 20 steps down to 2, four times the noise's 0.5."""
+    _, records = watch("NUM009", noisy([*FALL, *[2 + 3.5 * math.exp(-i / 5) for i in range(100)]]))
+    (record,) = fired(records)
+    assert record["step"] <= 250 and "points up to step" in record["message"]
 
 
 def test_a_divergence_from_the_first_steps():

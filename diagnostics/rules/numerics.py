@@ -509,6 +509,9 @@ def _earlier_spikes(run: RunView, p: Params, onset: int) -> int:
             break
         level, sd = _level(values[max(0, i - HISTORY) : i], p.sd_floor)
         if ((values[i : i + k] - level) / sd > p.z).all():
+            passed = i + k + np.flatnonzero(values[i + k :] <= level + p.z * sd)
+            if not len(passed) or window.steps[passed[0]] >= onset:
+                break  # it goes on still: the same spike
             spikes += 1
             quiet_from = int(i) + 10
     return spikes
@@ -668,6 +671,16 @@ def _has_advantage(run: RunView, window: Window) -> NDArray[np.bool_]:
     return there
 
 
+def _share_behind(run: RunView, name: str, window: Window) -> float | None:
+    """Mean over a window's steps of a share that is logged once per rollout, which may serve several steps."""
+    shares = run.window(name)
+    if shares is None or shares.steps[-1] < window.steps[0]:
+        return None
+    at = np.searchsorted(shares.steps, window.steps, side="right") - 1
+    known = at >= 0
+    return float(shares.values[at[known]].mean()) if 2 * known.sum() >= len(window) else None
+
+
 def _zero_std_signal(run: RunView) -> str | None:
     """The signal that tells the share of groups with equal rewards, where it can be trusted."""
     if run.has("groups/zero_std"):
@@ -785,8 +798,7 @@ def _zero_gradient_rl(run: RunView, p: Params) -> Finding | Unknown | None:
         return None
     name, equal = _zero_std_signal(run), None
     if name is not None:
-        points = run.window(name, n, min_n=n // 2)
-        equal = points.mean if points is not None else None
+        equal = _share_behind(run, name, window)
     cut = run.median("completions/clipped_ratio", 10)
     masked = bool(run.config.get("mask_truncated_completions")) and cut is not None and cut > 0.8
     evidence = [window.evidence("share_zero", share, threshold=p.rl_share, direction="above")]
@@ -850,6 +862,7 @@ def _zero_gradient_rl(run: RunView, p: Params) -> Finding | Unknown | None:
         "trend_z": 3.5,
         "step_t": 4.0,
         "step_rise": 0.3,
+        "best_t": 8.0,
         "early_rise": 0.05,
         "early_t": 4.0,
         "lr_factor": 0.3,
@@ -867,9 +880,10 @@ def divergence(run: RunView, p: Params) -> Finding | Unknown | None:
     The newest 30 points, as medians of 10, all lie above the lowest level of this segment (the least mean of 10 points
     or more) by more than 15 % and more than 6 standard errors of such a median (from the point-to-point noise,
     corrected for autocorrelation); and either the loss has risen since that lowest level (Mann-Kendall z above 3.5) or
-    the newest 30 points lie above the 50 before them by more than 30 % (two-window t above 4), both corrected likewise.
-    Or, early: after warm-up the medians and the mean of the newest 30 points lie above the run's first two by more than
-    5 % and 4 standard errors. At 2 evaluations, 10 observations apart.
+    the newest 30 points lie by more than 30 % above the 50 before them (two-window t above 4) or above the 30 up to
+    the lowest level (t above 8), all corrected likewise. Or, early: after warm-up the medians and the mean of the
+    newest 30 points lie above the run's first two by more than 5 % and 4 standard errors. At 2 evaluations, 10
+    observations apart.
 
     ## When it is fine
 
@@ -884,8 +898,9 @@ def divergence(run: RunView, p: Params) -> Finding | Unknown | None:
     ## Sources
 
     Sensitivity of the loss to the learning rate: arXiv 2309.14322. Trend test: Mann-Kendall with the correction of Hamed
-    and Rao (1998). The limits are *judgement*: of 200 simulated runs of 600 steps none alarms when noise of 10 to 40 % lies
-    on a falling loss, 1 when that noise has a lag-1 correlation of 0.9, 5 when the loss does not fall at all besides.
+    and Rao (1998). The limits are *judgement*: of 1200 simulated runs of 600 steps, with a loss that falls or stands
+    still under noise of 10 to 40 %, 1 alarms while the noise has a lag-1 correlation of 0.5 or less; at 0.9, 5 % of
+    those that fall do and 9 % of those that stand still.
     """
     if is_rl(run):
         return None
@@ -938,9 +953,12 @@ def _rising(
     trend = stats.mann_kendall(stats.block_means(values, math.ceil(len(values) / 50)))
     if trend is not None and trend.z > p.trend_z:
         return f"rising (trend z {trend.z:.1f})"
-    step = stats.two_window(before, newest)
-    if step is not None and step.t > p.step_t and step.diff > p.step_rise * abs(step.mean1):
-        return f"above the {len(before)} points before (t {step.t:.1f})"
+    # A jump that overshoots hides in the points before; those around the lowest level, chosen for being low, ask more.
+    around = points.values[points.steps <= since][-NEWEST:]
+    for old, where, limit in ((before, "before", p.step_t), (around, f"up to step {since:.0f}", p.best_t)):
+        step = stats.two_window(old, newest) if len(old) >= MIN_HISTORY else None
+        if step is not None and step.t > limit and step.diff > p.step_rise * abs(step.mean1):
+            return f"above the {len(old)} points {where} (t {step.t:.1f})"
     return None
 
 
