@@ -1,7 +1,10 @@
 """Fixtures that several test files share: a tiny tokenizer and tiny models, built in memory without any download."""
 
 import copy
+import dataclasses
+import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +140,247 @@ def tiny_model_dir(tmp_path_factory, tiny_model_factory, tiny_tokenizer):
     tiny_model_factory().save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return str(path)
+
+
+# ------------------------------------------------------------------------------------------- runs with planted faults
+
+
+class WatchedRun:
+    """A run that really trained, as its run directory tells it afterwards.
+
+    Attributes:
+        run, verdict: the records. metrics: one a step. diagnostics: one a transition, in order.
+    """
+
+    def __init__(self, output_dir, args=None):
+        folder = Path(output_dir) / "outspoken"
+        self.path, self.args = folder, args
+        self.run = json.loads((folder / "run.json").read_text())
+        self.verdict = json.loads((folder / "verdict.json").read_text())
+        self.metrics = _json_lines(folder / "metrics.jsonl")
+        self.diagnostics = _json_lines(folder / "diagnostics.jsonl")
+
+    @property
+    def config(self):
+        return self.run["config"]
+
+    def first(self, code, state="firing", severity=None):
+        """The record with which a rule first entered a state (at a severity); None if it never did."""
+        found = (d for d in self.diagnostics if (d["code"], d["state"]) == (code, state))
+        return next((d for d in found if severity in (None, d["severity"])), None)
+
+    def fired(self):
+        """Code -> step at which it first fired with a severity above info."""
+        loud = [d for d in self.diagnostics if d["state"] == "firing" and d["severity"] != "info"]
+        return {d["code"]: d["step"] for d in reversed(loud)}
+
+    def series(self, name):
+        """(step, value) of a signal."""
+        return [(m["step"], m["signals"][name]) for m in self.metrics if m["signals"].get(name) is not None]
+
+    def root(self, code, *, planted, within, severity, effects=(), beside=()):
+        """Assert that the fault was found, and as the root: the record with which `code` fired at `severity`.
+
+        It fires at most `within` steps after step `planted`, and nothing else fires above info but `beside`. The
+        `effects` are there too, suppressed, and their causes lead back to `code`.
+        """
+        record = self.first(code, severity=severity)
+        assert record is not None, f"{code} never fired as {severity}; fired: {self.fired()}"
+        delay = record["step"] - planted
+        others = {c: step for c, step in self.fired().items() if c != code}
+        info = sorted({d["code"] for d in self.diagnostics if d["state"] == "firing"} - {code, *others})
+        held = {d["code"]: d["causes"] for d in self.diagnostics if d["state"] == "suppressed"}
+        print(f"FAULT {code} | {planted} | {record['step']} | {delay} | {severity} | beside {others} | info {info} | "
+              f"suppressed {sorted(held)}")  # fmt: skip
+        assert 0 <= delay <= within, f"{code} fired {delay} steps after the fault, not within {within}"
+        assert others.keys() <= set(beside), f"beside {code} fired: {others}"
+        for effect in effects:
+            assert effect in held, f"{effect} was not suppressed; suppressed: {sorted(held)}"
+            known, new = set(), {effect}
+            while new:
+                known |= new
+                new = {c["code"] for e in new for c in held.get(e, ())} - known
+            assert code in known, f"the causes of {effect} are {known - {effect}}, without {code}"
+        return record
+
+    def changes(self, record):
+        """Field -> (old, new) over all patches of a diagnostic's suggestions, the first that sets a field.
+
+        Each patch is checked like one that an agent sends, and against the config: any field counts as one that may
+        be changed, because some of the fixes are for the next run, but the live ones keep their bounds, and the
+        config class must take the new values together.
+        """
+        from outspoken.diagnostics.patches import check_patch
+
+        bounds = {name: {} for name in self.config} | self.run["live"]
+        given = {f.name: getattr(self.args, f.name) for f in dataclasses.fields(self.args) if f.init}
+        derived = {"steps_per_generation", "generation_batch_size"} & given.keys()
+        found = {}
+        for suggestion in record["suggestions"]:
+            if suggestion["patch"]:
+                changes = check_patch(suggestion["patch"], self.config, bounds)
+                new = {name: pair[1] for name, pair in changes.items()}
+                type(self.args)(**given | dict.fromkeys(derived - changes.keys()) | new)
+                found = changes | found
+        return found
+
+
+def _json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class SumsLab:
+    """Trains the demo's tiny model on its sums: `sft` from scratch, `grpo` from the shared supervised model.
+
+    Both take what the trainer takes, and return a `WatchedRun`.
+    """
+
+    SFT_STEPS, GRPO_STEPS, CAP, GROUP = 800, 100, 24, 8
+
+    def __init__(self, folder, weights=None):
+        """`weights`: a function that gives the path of the supervised model's weights."""
+        from outspoken.cli import demo_task
+
+        self.task, self.folder, self.weights = demo_task, folder, weights
+        self.tokenizer = demo_task.build_tokenizer()
+        self._runs = 0
+
+    def model(self, pretrained=False):
+        import torch
+
+        torch.set_num_threads(1)
+        model = self.task.build_model(self.tokenizer, seed=0)
+        if pretrained:
+            model.load_state_dict(torch.load(self.weights()))
+        return model
+
+    def settings(self, **own):
+        self._runs += 1
+        common = {
+            "output_dir": str(self.folder / f"run-{self._runs}"),
+            "seed": 0,
+            "report_to": [],
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "logging_steps": 5,
+            "disable_tqdm": True,
+        }
+        return common | own
+
+    def sft(self, steps, *, model=None, dataset=None, trainer=None, options=None, save_to=None, **settings):
+        """`trainer`: a class to use instead of `SFTTrainer`. `options`: further arguments of the trainer."""
+        from outspoken import SFTConfig, SFTTrainer
+
+        defaults = {
+            "max_steps": steps,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 20,
+        }
+        return self._train(
+            (trainer or SFTTrainer)(
+                self.model() if model is None else model,
+                args=SFTConfig(**self.settings(**defaults | settings)),
+                train_dataset=self.task.solved_examples(4000, seed=1) if dataset is None else dataset,
+                processing_class=self.tokenizer,
+                **options or {},
+            ),
+            save_to,
+        )
+
+    def grpo(self, reward=None, steps=GRPO_STEPS, *, model=None, dataset=None, trainer=None, options=None, **settings):
+        from outspoken import GRPOConfig, GRPOTrainer
+
+        defaults = {
+            "max_steps": steps,
+            "per_device_train_batch_size": 64,
+            "num_generations": self.GROUP,
+            "max_completion_length": self.CAP,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "constant",
+        }
+        return self._train(
+            (trainer or GRPOTrainer)(
+                self.model(pretrained=True) if model is None else model,
+                self.task.right_answer if reward is None else reward,
+                args=GRPOConfig(**self.settings(**defaults | settings)),
+                train_dataset=self.task.problems(2000, seed=2) if dataset is None else dataset,
+                processing_class=self.tokenizer,
+                **options or {},
+            )
+        )
+
+    def _train(self, trainer, save_to=None):
+        import torch
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        if save_to is not None:
+            torch.save(trainer.model.state_dict(), save_to)
+        return WatchedRun(trainer.args.output_dir, trainer.args) if trainer.args.diagnose else trainer
+
+    @staticmethod
+    def at_step(step, act):
+        """A callback that calls `act(model)` when a step has ended."""
+        from transformers import TrainerCallback
+
+        class At(TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                if state.global_step == step:
+                    act(model)
+
+        return At()
+
+    @staticmethod
+    def schedule(model, learning_rate, factor):
+        """Trainer options with AdamW and a learning rate of `learning_rate * factor(step)`, as a user may pass them."""
+        import torch
+
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
+        return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))}
+
+
+def _once(tmp_path_factory, name, make):
+    """A folder that `make(folder)` fills once a test session, also where several processes share its tests."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained_sums(tmp_path_factory):
+    """Folder of the demo's supervised stage, 800 healthy steps: `weights.pt` and the run in `run-1`."""
+    return _once(
+        tmp_path_factory,
+        "pretrained-sums",
+        lambda folder: SumsLab(folder).sft(SumsLab.SFT_STEPS, save_to=folder / "weights.pt"),
+    )
+
+
+@pytest.fixture(scope="session")
+def healthy_sft(pretrained_sums):
+    return WatchedRun(pretrained_sums / "run-1")
+
+
+@pytest.fixture(scope="session")
+def healthy_grpo(tmp_path_factory, pretrained_sums):
+    """The demo's healthy GRPO run: what the runs with a fault are without it."""
+    weights = pretrained_sums / "weights.pt"
+    folder = _once(tmp_path_factory, "healthy-grpo", lambda folder: SumsLab(folder, lambda: weights).grpo())
+    return WatchedRun(folder / "run-1")
+
+
+@pytest.fixture
+def sums(request, tmp_path):
+    """A `SumsLab`; its `grpo` first trains the shared supervised model, once a session."""
+    return SumsLab(tmp_path, lambda: request.getfixturevalue("pretrained_sums") / "weights.pt")
