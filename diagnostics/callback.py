@@ -251,7 +251,8 @@ class DiagnosticsCallback(TrainerCallback):
             return
         if self._optimizer is not None:
             self._step_values["learning_rate"] = self._optimizer.param_groups[0]["lr"]
-        if self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None:
+        sharded = any(getattr(self._trainer, f"is_{how}_enabled", False) for how in ("fsdp", "deepspeed"))
+        if self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None and not sharded:
             self._step_values["grad_norm_clipped"] = torch_probes.gradient_facts(self._model).get("grad_norm")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

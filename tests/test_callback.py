@@ -331,6 +331,40 @@ def test_training_again(make, kind):
         assert json.load(file)["id"] == first["id"]
 
 
+def test_a_batch_size_that_was_too_large(make):
+    """auto_find_batch_size begins again after an out-of-memory error: the run that failed is set aside."""
+    trainer = make("plain", auto_find_batch_size=True, max_steps=3)
+    compute_loss = trainer.compute_loss
+
+    def full(model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) == ROWS and trainer.state.global_step == 1:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = full
+    trainer.train()
+    record = run_record(trainer)
+    assert record["status"] == "finished" and list(of_steps(trainer)) == [1, 2, 3]
+    (earlier,) = (Run(trainer.args.output_dir).path / "earlier").iterdir()
+    failed = json.loads((earlier / "run.json").read_text())
+    assert failed["status"] == "failed" and failed["id"] != record["id"] and failed["step"] == 1
+    assert not {"training_step", "_run_epoch", "evaluate"} & vars(trainer).keys()
+
+
+@pytest.mark.parametrize("kind", ("sft", "grpo"))
+def test_evaluation_first_and_the_best_model_last(make, kind):
+    """eval_on_start evaluates before step 1; load_best_model_at_end loads a checkpoint before the run is closed."""
+    own = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = make(kind, eval_on_start=True, load_best_model_at_end=True, logging_steps=1, **own)
+    trainer.train()
+    first, *_ = lines(trainer)
+    assert first["step"] == 0 and first["signals"]["eval_loss"] is not None
+    steps = of_steps(trainer)
+    assert list(steps) == [1, 2, 3, 4] and "time/eval" in steps[1] and run_record(trainer)["status"] == "finished"
+    logs = {log["step"]: log["entropy"] for log in trainer.state.log_history if "entropy" in log}
+    assert {step: s["entropy"] for step, s in steps.items()} == pytest.approx(logs)
+
+
 def test_rows_without_a_label(make):
     """Of a plain trainer's rows some have no label that counts."""
     trainer = make("plain", max_steps=3)

@@ -291,3 +291,48 @@ def test_two_processes(tmp_path):
     assert "checkpoint-5" in run.changes()[1]["reason"]
     # After the rollback the weights are those that were saved after step 5.
     assert ranks[0]["seen"][7][3] == ranks[0]["seen"][4][3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ("ours", "trl"))
+def test_rewards_of_two_processes(tmp_path, whose):
+    """Rank 0 sees the completions of both ranks: 16 a step, in the groups that the trainer compares."""
+    path = script(
+        tmp_path,
+        """
+        from outspoken import GRPOConfig, GRPOTrainer
+        from outspoken.cli.demo_task import problems
+        import trl
+
+        ours = sys.argv[2] == "ours"
+        def reward(completion_ids, **_):
+            return [float(sum(ids) % 5) for ids in completion_ids]
+
+        tokenizer = build_tokenizer()
+        config, trainer_class = (GRPOConfig, GRPOTrainer) if ours else (trl.GRPOConfig, trl.GRPOTrainer)
+        settings["logging_steps"] = 1
+        trainer = trainer_class(
+            build_model(tokenizer, 0), reward,
+            args=config(**settings, max_steps=3, save_strategy="no", num_generations=4, max_completion_length=6, bf16=False),
+            train_dataset=problems(64, 1), processing_class=tokenizer,
+            callbacks=[] if ours else [DiagnosticsCallback()],
+        )
+        trainer.train()
+        if rank == 0:
+            with open(f"{out}/log.json", "w") as file:
+                json.dump([log for log in trainer.state.log_history if "reward" in log], file)
+        """,
+    )
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run([*launch, path, str(out), whose], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = json.loads((out / "log.json").read_text())
+    records = rundir.read_jsonl(out / "outspoken" / "metrics.jsonl")[0]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record, log in zip(records, logs, strict=True):
+        signals = record["signals"]
+        assert (signals["num_completions"], signals["groups/count"]) == (16, 4)
+        for name in ("reward", "reward_std", "frac_reward_zero_std", "entropy", "grad_norm"):
+            assert signals[name] == pytest.approx(log[name], rel=1e-5), name
+        assert signals["groups/zero_std"] == log["frac_reward_zero_std"]
