@@ -559,7 +559,6 @@ class DiagnosticsCallback(TrainerCallback):
         self.run_id = previous["id"] if previous is not None else _new_run_id(method)
         self._sinks = self._make_sinks()
         config = live.config_of(args)
-        config = live.config_of(args)
         bounds = live.live_fields(trainer, args) if self._accept_requests else {}
         facts: dict[str, Any] = {
             "live_fields": sorted(bounds),
@@ -595,7 +594,7 @@ class DiagnosticsCallback(TrainerCallback):
             "method": method,
             "trainer": f"{type(trainer).__module__}.{type(trainer).__qualname__}" if trainer is not None else None,
             "status": "running",
-            "started": previous["started"] if previous is not None else time.time(),
+            "started": (previous or {}).get("started", time.time()),
             "heartbeat": time.time(),
             "step": state.global_step,
             "total_steps": state.max_steps or None,
@@ -618,23 +617,26 @@ class DiagnosticsCallback(TrainerCallback):
             return default_sinks(os.environ, self.run_id)
         return [sink if isinstance(sink, Guarded) else Guarded(sink) for sink in self._given_sinks]
 
+    @_guarded
     def _replay(self, previous: Mapping[str, Any], folder: Path, args: Any, step: int) -> None:
         """Give a resumed run's engine what it had seen before the checkpoint."""
         assert self.engine is not None
+        view = self.engine.view
         records, _ = read_jsonl(folder / METRICS)
-        segment = 0
-        for record in changes.surviving(records, step)[-HISTORY_REPLAYED:]:
-            if record.get("segment", 0) != segment:
-                segment = record.get("segment", 0)
-                self.engine.open_segment(record["step"], "as recorded")
-            raw = {**record["signals"], **record.get("nonfinite", {})}  # "nan" and its like are read as numbers
-            self.engine.observe(Observation.from_raw(record["step"], raw, record.get("time"), record.get("epoch")))
-            if os.path.isdir(_checkpoint_path(args, record["step"])):
-                self._saved(args, record["step"])
-        seen = self.engine.view
         used = [r["segment"] for r in (*records, previous) if isinstance(r.get("segment"), int)]
-        seen.segment = max(used, default=0)  # also those of steps that were thrown away: a number is given once
-        self._range = RewardRange(seen.last("rewards/min_seen"), seen.last("rewards/max_seen"))
+        segment = 0
+        try:
+            for record in changes.surviving(records, step)[-HISTORY_REPLAYED:]:
+                if record.get("segment", 0) != segment:
+                    segment = record.get("segment", 0)
+                    self.engine.open_segment(record["step"], "as recorded")
+                raw = {**record["signals"], **record.get("nonfinite", {})}  # "nan" and its like are read as numbers
+                self.engine.observe(Observation.from_raw(record["step"], raw, record.get("time"), record.get("epoch")))
+                if os.path.isdir(_checkpoint_path(args, record["step"])):
+                    self._saved(args, record["step"])
+        finally:
+            view.segment = max(used, default=0)  # also those of steps that were thrown away: a number is given once
+        self._range = RewardRange(view.last("rewards/min_seen"), view.last("rewards/max_seen"))
 
     @_guarded
     def _observe_step(self, state: Any, actions: list[dict[str, Any]]) -> None:
@@ -936,7 +938,7 @@ def _previous_run(folder: Path) -> dict[str, Any] | None:
         record = read_json(folder / RUN)
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("schema") == RUN_SCHEMA else None
+    return record if record.get("schema") == RUN_SCHEMA and isinstance(record.get("id"), str) else None
 
 
 def _versions() -> dict[str, str]:

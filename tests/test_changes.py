@@ -264,13 +264,14 @@ def common(folder, **own):
 def sft(tmp_path, tiny_model_factory, tiny_tokenizer):
     """`sft(plan, late=plan)`: a trainer; `plan` is done before the diagnostics look at a step, `late` after them."""
 
-    def build(plan=None, late=None, folder="run", **own):
+    def build(plan=None, late=None, folder="run", peft_config=None, **own):
         trainer = SFTTrainer(
             tiny_model_factory(),
             args=SFTConfig(**common(tmp_path / folder, **own)),
             train_dataset=Dataset.from_dict({"text": TEXTS}),
             processing_class=tiny_tokenizer,
             callbacks=[At(plan or {})],
+            peft_config=peft_config,
         )
         trainer.add_callback(At(late or {}))
         return trainer
@@ -409,6 +410,24 @@ def test_not_met_and_back_to_the_checkpoint(sft):
     # A checkpoint written after that continues with the old peak.
     saved = torch.load(os.path.join(trainer.args.output_dir, "checkpoint-8", "optimizer.pt"), weights_only=True)
     assert saved["param_groups"][0]["initial_lr"] == pytest.approx(1e-3)
+
+
+def test_an_adapter_goes_back_to_its_checkpoint(sft):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {"save_strategy": "steps", "save_steps": 2, "peft_config": adapter}
+    trainer = sft({3: ask({"learning_rate": 5e-4}, expect=NEVER)}, late={4: snapshot, 5: snapshot}, **settings)
+    trainer.train()
+    states, _ = states_of(trainer)
+    assert states[-1] == ("rolled_back", 5)
+    saved = load_file(os.path.join(trainer.args.output_dir, "checkpoint-2", "adapter_model.safetensors"))
+    late = [c for c in trainer.callback_handler.callbacks if isinstance(c, At)][-1]
+    before, after = (weights for weights, _ in late.said)
+    lora = {name.replace(".default", ""): name for name in after if "lora_" in name}
+    assert lora.keys() == saved.keys()
+    assert all(torch.equal(after[lora[name]], saved[name]) for name in saved)
+    assert not all(torch.equal(before[lora[name]], saved[name]) for name in saved)
 
 
 def test_a_checkpoint_of_the_step_of_the_change_is_from_before_it(sft):
@@ -618,3 +637,26 @@ def test_an_edited_script_wins(sft):
     again = sft(max_grad_norm=0.7, **settings | {"max_steps": 6})
     again.train(resume_from_checkpoint=True)
     assert again.args.max_grad_norm == 0.7 and record_of(again)["config"]["max_grad_norm"] == 0.7
+
+
+def test_a_resume_over_odd_lines(sft, capsys):
+    """A history that cannot be replayed is told of; the run is watched all the same."""
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    first = sft(**settings)
+    first.train()
+    path = f"{first.args.output_dir}/outspoken/metrics.jsonl"
+    odd = [{"step": 2, "signals": {"loss": "x"}, "nonfinite": 3}, {"step": True, "signals": {}}, ["a list"], "\x00"]
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in odd)
+        file.write('{"step": 9, "torn')
+    capsys.readouterr()
+    second = sft(**settings | {"max_steps": 10})
+    second.train(resume_from_checkpoint=True)
+    told = [line for line in capsys.readouterr().err.splitlines() if "note:" in line]
+    assert len(told) == 1 and "diagnostics failed in replay" in told[0], told
+    run = record_of(second)
+    assert (run["status"], run["id"], run["step"]) == ("finished", record_of(first)["id"], 10)
+    with open(path, "rb") as file:
+        tail = [json.loads(line) for line in file.read().splitlines()[-3:]]
+    assert [line["step"] for line in tail if "time/step" in line["signals"]] == [9, 10]
+    assert {line["segment"] for line in tail} == {1}
