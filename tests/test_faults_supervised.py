@@ -188,7 +188,7 @@ def test_two_stretches_of_shuffled_labels(sums):
 @pytest.mark.slow
 def test_labels_shuffled_from_some_step_on(sums):
     run = sums.sft(180, trainer=shuffled_labels((100, 180)))
-    record = run.root("NUM004", planted=100, within=20, severity="error", beside=["NUM005"])
+    record = run.root("NUM004", planted=100, within=20, severity="error", beside=["NUM005", "NUM009"])
     assert "has not recovered" in record["advice"] and record["onset_step"] <= 100
     assert run.changes(record) == {"learning_rate": (3e-3, 1.5e-3)}
 
@@ -210,7 +210,7 @@ def test_a_learning_rate_that_jumps(sums):
 
 
 def test_one_exploding_batch(sums):
-    """One batch whose loss is a sum instead of a mean, and no clipping."""
+    """One batch whose loss is a sum instead of a mean, and no clipping. Adam hardly notices, so it is no warning."""
 
     class SumOnce(SFTTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -219,9 +219,9 @@ def test_one_exploding_batch(sums):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     run = sums.sft(50, trainer=SumOnce, max_grad_norm=0.0)
-    record = run.root("NUM005", planted=45, within=0, severity="warning")
+    record = run.root("NUM005", planted=45, within=0, severity="info")
     assert "grad_norm reached" in record["message"] and "at step 45" in record["message"]
-    assert "the loss rose by" in record["message"]
+    assert "the loss rose by" not in record["message"]
     assert "max_grad_norm from 0 to 1" in record["advice"]
     assert run.changes(record) == {"max_grad_norm": (0.0, 1.0)}
 

@@ -338,13 +338,13 @@ def test_one_gradient_spike_is_information_without_a_change():
     assert watch("NUM005", [*steady(60, name="grad_norm"), {"grad_norm": 4.9}])[1] == []
 
 
-def test_the_third_spike_within_100_steps_is_a_warning():
+def test_the_fifth_spike_within_100_steps_is_a_warning():
     rows = steady(60, name="grad_norm")
-    for _ in range(3):
+    for _ in range(5):  # at steps 61, 82, 103, 124 and 145
         rows += [{"grad_norm": 20.0}, *steady(20, name="grad_norm")]
     _, records = watch("NUM005", rows)
     worst = next(r for r in fired(records) if r["severity"] == "warning")
-    assert worst["step"] == 103 and "3 such points in the last 100 steps (limit 3)" in worst["message"]
+    assert worst["step"] == 145 and "5 such points in the last 100 steps (limit 5)" in worst["message"]
     assert worst["advice"] == "Consider lowering learning_rate from 2e-05 to 1.4e-05."
     assert applied(worst)["learning_rate"] == 1.4e-05  # 0.7 * 2e-5
 
@@ -357,6 +357,13 @@ def test_a_spike_that_moves_the_loss_is_a_warning_where_losses_mean_something():
     assert "the loss rose by 10.0 standard deviations" in records[-1]["message"]  # 0.5 / (5 % of 1)
     _, records = watch("NUM005", [{**row, "reward": 0.0} for row in rows], method="grpo")
     assert [r["severity"] for r in records] == ["info"]
+
+
+def test_a_hard_batch_is_no_warning():
+    """Its own loss is high and so is its gradient; the losses after it are as before."""
+    quiet = [{"grad_norm": row["grad_norm"], "loss": 1.0} for row in steady(60, name="grad_norm")]
+    rows = [*quiet, {"grad_norm": 20.0, "loss": 2.0}, *quiet[:10]]
+    assert [r["severity"] for r in fired(watch("NUM005", rows)[1])] == ["info"]
 
 
 def test_where_clipping_is_off_it_is_switched_on():

@@ -8,6 +8,7 @@ import pytest
 import scipy.signal
 import scipy.stats
 from hypothesis import assume, example, given, settings
+
 from outspoken.diagnostics import stats
 
 finite = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
