@@ -351,6 +351,19 @@ def test_rl003_does_not_wait_where_nothing_succeeds():
     assert found(engine, "RL003")["severity"] == "error"
 
 
+def test_rl003_that_stands_does_not_start_to_wait():
+    """No success in 50 steps is an error; a few by chance later do not make it too early to tell, nor RL001 the cause."""
+    rng = noisy(9)
+
+    def series(step):
+        failed = 1.0 if step <= 50 else 0.875
+        return {**groups(failed, failed=failed), "reward": max(0.0, (step > 50) * 0.02 * (1 + rng.standard_normal()))}
+
+    _, transitions = watch(series, 95, ("RL001", "RL003"))
+    seen = [(t.record["code"], t.record["state"]) for t in transitions if t.kind == "transition"]
+    assert set(seen) == {("RL003", "firing"), ("RL001", "suppressed")}
+
+
 @pytest.mark.parametrize(("pass_rate", "size"), [(0.05, 8), (0.10, 8)])
 def test_rl003_knows_that_sparse_groups_fail_by_chance(pass_rate, size):
     rng = noisy(5)
@@ -434,6 +447,12 @@ def test_rl004_saturated_is_not_broken_but_stuck_below_is_reported():
     assert "after it had varied" in record["message"]
 
 
+def test_rl004_a_reward_by_comparison_is_not_broken_when_all_are_equal():
+    """A judge that ranks the completions of a prompt: its mean is 0.5 always, its spread 0 where they do not differ."""
+    _, transitions = watch(lambda step: rewards(judge=(0.5, 0.3 if step < 40 else 0.0)), 120, "RL004")
+    assert transitions == []
+
+
 def test_rl004_ignores_a_function_without_weight():
     def series(step):
         return rewards(shadow=(0.0, 0.0), exact=(0.4, 0.3))
@@ -511,6 +530,52 @@ def test_rl005_entropy_and_variety_fall_together():
     assert {e["signal"] for e in record["evidence"]} >= {"entropy", "completions/duplicate_share"}
 
 
+def bent(step, start, end, first=40, last=60):
+    """`start`, then down (or up) to `end` faster and faster between two steps, as a collapse goes."""
+    share = min(1.0, max(0.0, (step - first) / (last - first)))
+    return start * (end / start) ** (share**2)
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "end", "more"),
+    [
+        ("RL005", "entropy", 0.02, {"completions/duplicate_share": 0.6}),
+        ("RL006", "entropy", 5.0, {"grad_norm": 4.0}),
+        ("RL017", "completions/mean_length", 0.05, {}),
+    ],
+)
+def test_a_collapse_that_accelerates_is_seen(code, name, end, more):
+    """Against the straight line that a trend test draws, a bent curve's residuals look like serial correlation."""
+    rng = noisy(11)
+
+    def series(step):
+        late = step > 40
+        signals = {name: 100 * bent(step, 1.0, end) if name != "entropy" else bent(step, 1.0, end)}
+        signals = {key: value * math.exp(0.03 * rng.standard_normal()) for key, value in signals.items()}
+        signs = {key: value if late else value / 4 for key, value in more.items()}
+        reward = 0.5 - 0.3 * bent(step, 0.01, 1.0) + 0.03 * rng.standard_normal()
+        return groups(0.2) | signals | signs | {"reward": reward}
+
+    _, transitions = watch(series, 90, code)
+    assert 50 <= fired(transitions)[code] <= 80
+
+
+def test_a_collapse_is_named_before_the_groups_that_tie():
+    rng = noisy(12)
+
+    def series(step):
+        shrunk = bent(step, 14.0, 1.0, 30, 48)
+        tied = 0.1 if step < 44 else 1.0
+        reward = (0.5 if tied < 1 else 0.3) + 0.02 * rng.standard_normal() * (tied < 1)
+        return groups(tied) | {"completions/mean_length": shrunk, "reward": reward}
+
+    _, transitions = watch(series, 90, ("RL001", "RL003", "RL004", "RL017"))
+    last = {t.record["code"]: t.record for t in transitions}
+    assert last["RL017"]["state"] == "firing"
+    assert last["RL001"]["state"] == "suppressed"
+    assert [c["code"] for c in last["RL001"]["causes"]] == ["RL017"]
+
+
 def test_rl005_offers_epsilon_only_where_clipping_acts():
     on_policy = {**CONFIG, "num_iterations": 1, "beta": 0}
     engine, _ = watch(entropy_falls(0, 0.12), 200, "RL005", on_policy)
@@ -541,6 +606,13 @@ def test_rl005_severity_follows_the_reward():
     assert found(engine, "RL005")["severity"] == "info"
     engine, _ = watch(entropy_falls(1, 0.04), 250, "RL005")
     assert found(engine, "RL005")["severity"] == "error"
+
+
+def test_rl005_of_a_solved_task_is_information():
+    series = entropy_falls(1, 0.04)
+    engine, _ = watch(lambda step: series(step) | {"reward": 0.97}, 250, "RL005")
+    record = found(engine, "RL005")
+    assert (record["severity"], record["advice"]) == ("info", "The reward is at its best: nothing is left to try.")
 
 
 def test_rl005_ties_confirm_unless_they_passed():

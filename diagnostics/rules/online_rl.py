@@ -39,6 +39,7 @@ from outspoken.diagnostics.rules.reading import (
     dead_groups,
     flat_reward,
     held_out_unchecked,
+    keeps_moving,
     median_evidence,
     over,
     pool,
@@ -49,7 +50,6 @@ from outspoken.diagnostics.rules.reading import (
     scaling,
     span,
     steps_for,
-    trend_evidence,
     trials_known,
     uncounted,
 )
@@ -120,7 +120,7 @@ def more_generations(run: RunView, id: str, share: float, target: float, signal:
     severity="warning",
     methods=GROUPED_RL,
     keep=5,
-    inhibited_by=(*SILENCED_BY, "RL033", "RL004", "RL016", "RL003", "RL002"),
+    inhibited_by=(*SILENCED_BY, "RL033", "RL017", "RL005", "RL004", "RL016", "RL003", "RL002"),
     params={
         "limit": 0.60,
         "clear": 0.50,
@@ -312,7 +312,7 @@ def all_correct_groups(run: RunView, p: Params) -> RuleResult:
     severity="warning",
     methods=GROUPED_RL,
     needs=("groups/all_failed",),
-    inhibited_by=(*SILENCED_BY, "RL033", "RL004", "RL016"),
+    inhibited_by=(*SILENCED_BY, "RL033", "RL017", "RL005", "RL004", "RL016"),
     params={"limit": 0.60, "clear": 0.50, "min_groups": 64, "error": 0.95, "error_groups": 128},
 )
 def all_wrong_groups(run: RunView, p: Params) -> RuleResult:
@@ -358,8 +358,10 @@ def all_wrong_groups(run: RunView, p: Params) -> RuleResult:
             return None
         reason = still_learning(run)
         if reason is not None:
-            rises = reason.startswith("the reward rises")
-            return None if rises else Unknown(f"{pooled.mean:.0%} of groups failed as a whole, but {reason}")
+            if reason.startswith("the reward rises"):
+                return None
+            if not run.is_firing:  # what stands does not have to wait
+                return Unknown(f"{pooled.mean:.0%} of groups failed as a whole, but {reason}")
     suggestions = listed(
         [
             more_generations(run, "RL003.1", pooled.mean, p.limit, "groups/all_failed"),
@@ -526,8 +528,11 @@ def _constant(run: RunView, p: Params, function: str) -> _Constant | None:
         return None
     earlier = [mean for _, mean, _ in run.blocks(mean_name)] + means.values[:-steps].tolist()
     varied = any(abs(mean - level) > tolerance for mean in earlier)
-    if varied and level >= max(earlier) - tolerance:
-        return None  # saturated at its best value
+    told_apart = (spreads.values[:-steps] > tolerance).any() or any(
+        s > tolerance for _, s, _ in run.blocks(spread_name)
+    )
+    if (varied or told_apart) and level >= max(earlier, default=level) - tolerance:
+        return None  # saturated at its best value, or a reward by comparison, whose mean is always the same
     evidence = Evidence(spread_name, "value", newest, steps, (int(spreads.steps[-steps]), spreads.span[1]))
     return _Constant(function, level, steps, completions, varied, evidence)
 
@@ -599,7 +604,7 @@ def _constant_functions(run: RunView, stuck: list[_Constant], alone: bool) -> Fi
         onset_step=first.evidence.window[0],
         impact="a constant reward has no gradient",
         # A policy that collapsed scores nothing too; then the reward function is not to blame.
-        explained_by=("RL033",) if first.varied and policy_moved(run) else (),
+        explained_by=("RL033", "RL017", "RL005") if first.varied and policy_moved(run) else (),
         not_checked=(
             "the reward function on a reference answer: not tried",
             *(() if first.completions is not None else ("how many completions a step holds is not known",)),
@@ -619,7 +624,7 @@ def _constant_functions(run: RunView, stuck: list[_Constant], alone: bool) -> Fi
     every=5,
     for_=3,
     keep=4,
-    inhibited_by=SILENCED_BY,
+    inhibited_by=(*SILENCED_BY, "RL017"),
     params={
         "fall": 0.30,
         "clear": 0.40,
@@ -628,6 +633,7 @@ def _constant_functions(run: RunView, stuck: list[_Constant], alone: bool) -> Fi
         "duplicates": 0.30,
         "duplicates_rise": 1.5,
         "trend_z": 3.5,
+        "ceiling": 0.95,
     },
 )
 def entropy_collapse(run: RunView, p: Params) -> RuleResult:
@@ -640,16 +646,17 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     Two signs together. First, the median entropy of the last 10 steps is below 0.3 of its own beginning (steps 3 to
-    22) and falls (Mann-Kendall over 50 steps, z < -3.5), or it halved within 20 steps. Second, the groups lose their
-    variety: the share of tied groups that did not pass rises (two windows of 25 steps, T > 3.5), or more than 30 % of
-    completions repeat another of their group, and 1.5 times as many as at the beginning. Evaluated every 5 steps,
-    three times in a row. An error below 0.1 of the beginning while the reward does not improve; information while the
-    reward improves. It resolves above 0.4.
+    22) and falls (over 50 steps: Mann-Kendall z < -3.5, or the newest 10 below all of the first 25), or it halved
+    within 20 steps. Second, the groups lose their variety: the share of tied groups that did not pass rises (two
+    windows of 25 steps, T > 3.5), or more than 30 % of completions repeat another of their group, and 1.5 times as many
+    as at the beginning. Evaluated every 5 steps, three times in a row. An error below 0.1 of the beginning while the
+    reward does not improve; information while it improves, or where it stands above 95 % of its range. It resolves
+    above 0.4.
 
     ## When it is fine
 
     Entropy falls in every successful run, and healthy levels differ tenfold between models: neither a level nor a fall
-    alone is ever reported. A changed temperature or mask shifts the metric.
+    alone is ever reported. A task that is solved leaves nothing to try. A changed temperature or mask shifts the metric.
 
     ## What to change
 
@@ -674,11 +681,11 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
         slow = now < p.fall * start
         fast = False
         if slow:
-            trend = run.trend("entropy", 50)
-            if trend is None:
-                return Unknown("entropy has fewer than 50 points in this segment")
-            slow = trend.z < -p.trend_z
-            evidence.append(trend_evidence(run, "entropy", trend.z, -p.trend_z))
+            falls = keeps_moving(run, "entropy", -p.trend_z)
+            if isinstance(falls, Unknown):
+                return falls
+            slow = falls is not None
+            evidence += [falls] if falls is not None else []
         elif now < p.fast_fall * start:
             window = run.window("entropy", 25, min_n=25)
             if window is not None:
@@ -692,21 +699,31 @@ def entropy_collapse(run: RunView, p: Params) -> RuleResult:
         return second if isinstance(second, Unknown) else None
 
     reward = reward_progress(run)
-    improving = reward.state in ("up", "rising")
-    severity: Severity = "info" if improving else "warning"
-    if now < p.error * start and reward.state in ("flat", "down"):
+    improving, solved = reward.state in ("up", "rising"), _at_its_best(run, p.ceiling)
+    severity: Severity = "info" if improving or solved else "warning"
+    if now < p.error * start and reward.state in ("flat", "down") and not solved:
         severity = "error"
     suggestions = _more_entropy(run, now)
     return Finding(
         message=f"Entropy fell from {start:.3g} to {now:.3g} nats/token ({now / start:.0%} of its beginning, limit "
         f"{p.fall:.0%}), and the groups lose their variety; {reward.words}.",
-        advice="The reward still improves: watch it." if improving else consider(suggestions[0]),
+        advice="The reward is at its best: nothing is left to try."
+        if solved
+        else ("The reward still improves: watch it." if improving else consider(suggestions[0])),
         evidence=[*evidence, *reward.evidence(run)],
         suggestions=suggestions,
         severity=severity,
         impact="without different answers there is nothing to choose from",
         not_checked=held_out_unchecked(run),
     )
+
+
+def _at_its_best(run: RunView, share: float) -> bool:
+    """Whether the reward stands within the highest part of its range, above `share` of it."""
+    best, worst, level = run.last("rewards/max_seen"), run.last("rewards/min_seen"), run.median(REWARD)
+    if best is None or worst is None or level is None or best <= worst:
+        return False
+    return level >= worst + share * (best - worst)
 
 
 def _variety_lost(run: RunView, p: Params) -> list[Evidence] | Unknown:
@@ -809,10 +826,11 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     The median entropy of the last 10 steps is above twice its smallest 10-step mean in this segment, at least 0.05
-    nats/token above it, above its own beginning, and rising (Mann-Kendall over 50 steps, z > 3.5); and at least one
-    of: the reward falls (two windows of 25 steps, T < -3.5), the gradient norm rises (T > 3.5 on its logarithm, by a
-    quarter or more), the difference between sampling and training log-probabilities rises (T > 3.5). Every 5 steps,
-    three times in a row. An error when the reward falls. It resolves below 1.5 times the minimum.
+    nats/token above it, above its own beginning, and rising (over 50 steps: Mann-Kendall z > 3.5, or the newest 10
+    above all of the first 25); and at least one of: the reward falls (two windows of 25 steps, T < -3.5), the gradient
+    norm rises (T > 3.5 on its logarithm, by a quarter or more), the difference between sampling and training
+    log-probabilities rises (T > 3.5). Every 5 steps, three times in a row. An error when the reward falls. It resolves
+    below 1.5 times the minimum.
 
     Before there are 50 steps, only a leap counts: the newest 10 steps against the run's first 5, median five times as
     high and all of them three times, at least 0.3 nats/token more, and a reward without a hint of a gain (T < 2).
@@ -851,10 +869,10 @@ def entropy_explosion(run: RunView, p: Params) -> RuleResult:
     if not run.is_firing:
         if now <= p.rise * lowest or now - lowest < p.min_rise:
             return None
-        trend = run.trend("entropy", 50)
-        if trend is None or trend.z <= p.trend_z:
-            return None
-        evidence.append(trend_evidence(run, "entropy", trend.z, p.trend_z))
+        rises = keeps_moving(run, "entropy", p.trend_z)
+        if not isinstance(rises, Evidence):
+            return rises
+        evidence.append(rises)
         second = _unstable(run, p, reward)
         if not second:
             return None
@@ -1578,7 +1596,7 @@ def _mask_truncated(run: RunView, pooled: PooledWindow) -> Suggestion | None:
     every=5,
     for_=3,
     keep=4,
-    inhibited_by=(*SILENCED_BY, "RL004", "RL016"),
+    inhibited_by=(*SILENCED_BY, "RL016"),
     params={"fall": 0.40, "clear": 0.70, "trend_z": 3.5},
 )
 def length_collapse(run: RunView, p: Params) -> RuleResult:
@@ -1591,9 +1609,10 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
     ## How it is decided
 
     The median of `completions/mean_length` over 10 steps is below 0.4 of its own beginning (steps 3 to 22) and falls
-    (Mann-Kendall over 50 steps on the logarithm, z < -3.5), and the reward did not improve since the length last stood
-    at 0.8 of its beginning. It is information where the reward is too noisy to say, or a reward function is named for
-    length or brevity. Every 5 steps, three times in a row; it resolves above 0.7 of the beginning.
+    (over 50 steps: Mann-Kendall z < -3.5 on the logarithm, or the newest 10 below all of the first 25), and the reward
+    did not improve since the length last stood at 0.8 of its beginning. It is information where the reward is too
+    noisy to say, or a reward function is named for length or brevity. Every 5 steps, three times in a row; it resolves
+    above 0.7 of the beginning.
 
     ## When it is fine
 
@@ -1618,12 +1637,10 @@ def length_collapse(run: RunView, p: Params) -> RuleResult:
         return None
     evidence = [median_evidence(run, name, now, start, p.fall * start, "below")]
     if not run.is_firing:
-        trend = run.trend(name, 50, log=True)
-        if trend is None:
-            return Unknown(f"{name} has fewer than 50 points in this segment")
-        if trend.z >= -p.trend_z:
-            return None
-        evidence.append(trend_evidence(run, name, trend.z, -p.trend_z))
+        falls = keeps_moving(run, name, -p.trend_z, log=True)
+        if not isinstance(falls, Evidence):
+            return falls
+        evidence.append(falls)
     reward = reward_since(run, _left_off(run, name, start, 0.8))
     if reward.state in ("up", "rising"):
         return None

@@ -75,6 +75,25 @@ def trend_evidence(run: RunView, name: str, z: float, threshold: float) -> Evide
     return Evidence(name, "trend_z", z, 50, span(run, name, 50), None, threshold, direction)
 
 
+def keeps_moving(run: RunView, name: str, limit: float, log: bool = False) -> Evidence | Unknown | None:
+    """Evidence that a signal rises (`limit` > 0) or falls (`limit` < 0) over its newest 50 points; None if it does not.
+
+    A trend by Mann-Kendall with z beyond `limit`; or the newest 10 points all lie beyond the first 25. The second,
+    because a curve that bends, as in every collapse, leaves residuals that the trend test takes for serial correlation.
+    """
+    trend, window = run.trend(name, 50, log=log), run.window(name, 50, min_n=50)
+    if trend is None or window is None:
+        return Unknown(f"{name} has fewer than 50 points in this segment")
+    sign = math.copysign(1.0, limit)
+    if sign * trend.z > abs(limit):
+        return trend_evidence(run, name, trend.z, limit)
+    newest, first = sign * window.values[-10:], sign * window.values[:25]
+    if newest.min() <= first.max():
+        return None
+    direction: Direction = "above" if limit > 0 else "below"
+    return window.evidence("newest_10", sign * newest.min(), threshold=sign * first.max(), direction=direction)
+
+
 def held_out_unchecked(run: RunView) -> tuple[str, ...]:
     return () if run.has("eval_reward") else ("reward on held-out prompts: not measured",)
 
