@@ -189,7 +189,10 @@ class WatchedRun:
         delay = record["step"] - planted
         others = {c: step for c, step in self.fired().items() if c != code}
         info = sorted({d["code"] for d in self.diagnostics if d["state"] == "firing"} - {code, *others})
-        held = {d["code"]: d["causes"] for d in self.diagnostics if d["state"] == "suppressed"}
+        held = {d["code"] for d in self.diagnostics if d["state"] == "suppressed"}
+        causes = {}
+        for d in self.diagnostics:
+            causes.setdefault(d["code"], set()).update(cause["code"] for cause in d["causes"])
         print(f"FAULT {code} | {planted} | {record['step']} | {delay} | {severity} | beside {others} | info {info} | "
               f"suppressed {sorted(held)}")  # fmt: skip
         assert 0 <= delay <= within, f"{code} fired {delay} steps after the fault, not within {within}"
@@ -199,7 +202,7 @@ class WatchedRun:
             known, new = set(), {effect}
             while new:
                 known |= new
-                new = {c["code"] for e in new for c in held.get(e, ())} - known
+                new = {cause for e in new for cause in causes.get(e, ())} - known
             assert code in known, f"the causes of {effect} are {known - {effect}}, without {code}"
         return record
 
