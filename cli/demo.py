@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -123,13 +125,21 @@ def demo(fault: str = "truncation", seed: int = 0, output_dir: str | Path = "out
     for path in (out / "sft", healthy.path, faulty.path):
         print(f"  {path}/outspoken")
     first = faulty.fired[0] if faulty.fired else "RL016"
-    print("\nTry next:")
-    print(f"  outspoken diagnose {faulty.path}          what was seen, with the evidence")
-    print(f"  outspoken explain {first}                 what a rule looks at, and when it is wrong")
-    print(f"  outspoken gate {healthy.path}    what a CI job asks: exit code 0, 1 or 2")
     other = "learning_rate" if fault == "truncation" else "truncation"
-    print(f"  outspoken demo --fault {other}")
+    print("\nTry next:")
+    for words, what in (
+        (f"diagnose {faulty.path}", "what was seen, with the evidence"),
+        (f"explain {first}", "what a rule looks at, and when it is wrong"),
+        (f"gate {healthy.path}", "what a CI job asks: exit code 0, 1 or 2"),
+        (f"demo --fault {other}", "another fault"),
+    ):
+        print(f"  {program()} {words:<44}  # {what}")
     return [healthy, faulty]
+
+
+def program() -> str:
+    """How this program is called from here: by its name if that is on the path, else by where it lies."""
+    return "outspoken" if shutil.which("outspoken") else os.path.relpath(Path(sys.executable).parent / "outspoken")
 
 
 def planted(fault: str) -> dict[str, Any]:

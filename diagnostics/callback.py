@@ -611,6 +611,8 @@ class DiagnosticsCallback(TrainerCallback):
         }
         self._writer.write_run(self._run_record)
         self._writer.write_verdict(self.engine.verdict())
+        if previous is None:
+            self._publish(self.engine.begin())  # what is wrong already, before a step that may never come
 
     def _make_sinks(self) -> list[Guarded]:
         if self._given_sinks is None:

@@ -32,7 +32,7 @@ DIAGNOSTIC_SCHEMA = "outspoken.diagnostic/1"
 DOC = "docs/rules/{code}.md"
 MAX_MESSAGE = 2000
 
-HOLD = 10  # evaluations that a finding waits, beyond its own `for`, while its cause is pending or named by itself
+HOLD = 20  # evaluations that a finding waits, beyond its own `for`, while its cause is pending or named by itself
 GRACE = 20  # points of a new segment in which a firing diagnostic is not called unknown for want of data
 SHOWN_PER_SEVERITY = 3  # lines shown per severity within BUDGET_STEPS; errors are always shown
 BUDGET_STEPS = 100
@@ -148,6 +148,14 @@ class Engine:
         self._verdict: dict[str, Any] = self._stamp_verdict(verdicts.nothing_yet())
 
     # ------------------------------------------------------------------ input
+
+    def begin(self) -> list[Transition]:
+        """Before the first step: evaluate the rules that need no signal, on the facts and settings alone."""
+        transitions: list[Transition] = []
+        for r in self._rules:
+            if not r.needs and not r.warm_up:
+                transitions.extend(self._evaluate(r))
+        return transitions
 
     def observe(self, observation: Observation) -> list[Transition]:
         """Take one step's signals, evaluate the rules that are due, and return what changed."""

@@ -190,8 +190,8 @@ class TestInhibition:
             return Finding("m", "a", [], explained_by=("AAA001",))
 
         e = engine(self.cause(), make("BBB001", check))
-        events = states(feed(e, [{"x": 0}] * 20))
-        assert events == [(11, "BBB001", "firing")]  # for_=1, and ten evaluations of waiting
+        events = states(feed(e, [{"x": 0}] * 30))
+        assert events == [(21, "BBB001", "firing")]  # for_=1, and twenty evaluations of waiting
 
     def test_suppressed_is_never_shown(self):
         e = engine(self.cause(), self.effect())
@@ -373,6 +373,19 @@ class TestFaultsOfOurs:
                 assert transition.record["state"] in ("firing", "resolved", "suppressed", "unknown")
         e.finish()
         assert e.failed_rules() == {}
+
+
+def test_what_facts_alone_tell_is_told_before_the_first_step():
+    def check(run, p):
+        """Doc."""
+        return Finding("nothing is trainable", "unfreeze", []) if run.facts["trainable_parameters"] == 0 else None
+
+    e = engine(make("AAA001", check), make("BBB001", above("x", 1), needs=("x",)))
+    e.view.facts["trainable_parameters"] = 0
+    assert [(t.record["code"], t.record["state"], t.record["fired_step"]) for t in e.begin()] == [
+        ("AAA001", "firing", 0)
+    ]
+    assert feed(e, [0]) == []
 
 
 def test_messages_are_bounded():

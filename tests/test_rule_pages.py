@@ -41,11 +41,7 @@ def test_inhibition_has_no_cycle():
     def reaches(code, target, seen):
         if code == target:
             return True
-        return any(
-            reaches(c, target, seen | {code})
-            for c in rules[code].inhibited_by
-            if c in rules and c not in seen
-        )
+        return any(reaches(c, target, seen | {code}) for c in rules[code].inhibited_by if c in rules and c not in seen)
 
     for code, rule in rules.items():
         for cause in rule.inhibited_by:

@@ -129,6 +129,27 @@ class TestCollapseBelowTheStart:
         assert fired == []
 
 
+class TestCollapseInTheMiddle:
+    def test_truncation_is_held_back_until_the_collapse_is_named(self):
+        task = Task(11)
+        steps = [task.step(0.35 + 0.4 * min(i, 60) / 60) for i in range(80)]
+        steps += [task.step(0.0, 0.7, 24.0, 1.0) for _ in range(40)]
+        e, shown = Engine(method="grpo", config=CONFIG, facts=FACTS), []
+        for step, signals in enumerate(steps, 1):
+            for t in e.observe(Observation(step, signals)):
+                if t.shown and t.record["state"] == "firing" and t.record["severity"] != "info":
+                    shown.append(t.record["code"])
+        assert shown[0] == "RL033" and "RL016" not in shown
+        assert e.diagnostics()["RL016"]["state"] == "suppressed"
+
+    def test_what_moved_later_is_no_cause(self):
+        task = Task(12)
+        steps = [task.step(0.7) for _ in range(80)] + [task.step(0.2) for _ in range(20)]
+        steps += [task.step(0.2, entropy=0.05) for _ in range(40)]
+        e = run(steps)
+        assert "RL005" not in [c["code"] for c in e.diagnostics()["RL033"]["causes"]]
+
+
 class TestRewardFunctionOrPolicy:
     def test_a_reward_that_breaks_while_the_policy_is_as_it_was(self):
         task = Task(3)

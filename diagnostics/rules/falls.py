@@ -73,6 +73,37 @@ def early_fall(run: RunView, limit_t: float, share_of_start: float, share_of_ran
     return Fall(start, now, t, onset, round(float(completions.mean()) * (START_POINTS + NEWEST_POINTS)))
 
 
+BEFORE_POINTS, LATEST_POINTS = 30, 3
+GAPS = (0, 7, 15)  # steps between the two: the fall itself must not blur what came before it
+
+
+def recent_fall(run: RunView, limit_t: float) -> Fall | None:
+    """Whether the reward's newest 3 steps lie far below 30 steps that end 0, 7 or 15 steps before them.
+
+    T = (m3 - m30) / (sd30 sqrt(1/3 + 1/30)) < -limit_t for one of them. Too few points to say that a run has
+    collapsed, but enough to say that something else moved at the same time.
+    """
+    window = run.window("reward", BEFORE_POINTS + LATEST_POINTS + GAPS[-1], min_n=BEFORE_POINTS + LATEST_POINTS)
+    if window is None:
+        return None
+    latest = window.values[-LATEST_POINTS:]
+    for gap in GAPS:
+        end = len(window) - LATEST_POINTS - gap
+        before = window.values[max(0, end - BEFORE_POINTS) : end]
+        if len(before) < BEFORE_POINTS:
+            break
+        sd = float(before.std(ddof=1))
+        t = (
+            float(latest.mean() - before.mean()) / (sd * math.sqrt(1 / LATEST_POINTS + 1 / BEFORE_POINTS))
+            if sd
+            else 0.0
+        )
+        if t < -limit_t:
+            onset = int(window.steps[-LATEST_POINTS - gap])
+            return Fall(float(before.mean()), float(latest.mean()), t, onset, BEFORE_POINTS + LATEST_POINTS)
+    return None
+
+
 # What a policy that changed looks like: these differ from the run's first steps by a factor, or a share by this much.
 MOVED_FACTOR, MOVED_SHARE = 1.5, 0.2
 

@@ -19,7 +19,15 @@ from outspoken.diagnostics.records import (
     Suggestion,
     Unknown,
 )
-from outspoken.diagnostics.rules.falls import FALL, NEWEST_POINTS, START_POINTS, Fall, early_fall, policy_moved
+from outspoken.diagnostics.rules.falls import (
+    FALL,
+    NEWEST_POINTS,
+    START_POINTS,
+    Fall,
+    early_fall,
+    policy_moved,
+    recent_fall,
+)
 from outspoken.diagnostics.rules.fixes import (
     advise,
     consider,
@@ -1403,8 +1411,8 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
     `completions/at_cap` (less than half of those without an end token), or else from a longest completion below the
     cap while more than 95 % do not end.
 
-    If fewer than 10 % were cut in the run's first 5 steps, and the reward has since collapsed below where it began
-    (RL033), the policy has forgotten how to end: the cap is not the cause, and nothing about it is proposed. While
+    If fewer than 10 % were cut in the run's first 5 steps, and the reward has since collapsed (below where it began, as
+    for RL033, or in the newest 3 steps against 30 up to 15 steps earlier, T < -4), the policy has forgotten how to end: the cap is not the cause, and nothing about it is proposed. While
     RL033 fires, this finding is recorded and not shown.
 
     ## When it is fine
@@ -1451,6 +1459,8 @@ def truncation_saturation(run: RunView, p: Params) -> RuleResult:
     fell = early_fall(run, *FALL)
     before = run.first(name, START_POINTS)
     if len(before) == START_POINTS and float(before.mean()) < p.clear:
+        if not isinstance(fell, Fall):
+            fell = recent_fall(run, FALL[0]) or fell
         if isinstance(fell, Fall):
             return _lost_the_end(run, p, pooled, cap, severity, fell, evidence)
         if isinstance(fell, Unknown) and run.segment and run.segment_points < NEWEST_POINTS:
@@ -1898,7 +1908,7 @@ def _lost_the_end(
         message=f"{pooled.mean:.0%} of {over(run, pooled, 'completions')} reached {reached} (limit {p.limit:.0%}), "
         f"after {run.first(name, START_POINTS).mean():.0%} at the start: they stopped ending when the reward fell.",
         advice="Consider a lower learning_rate from an earlier checkpoint (RL033), not a higher cap.",
-        evidence=[*evidence, Evidence(REWARD, "early_fall_t", fell.t, fell.n, span(run, REWARD, 10), fell.start)],
+        evidence=[*evidence, Evidence(REWARD, "fall_t", fell.t, fell.n, span(run, REWARD, 10), fell.start)],
         suggestions=(advise("RL016.5", "Look at RL033 first: a higher cap only makes the loops longer"),),
         severity=severity,
         confidence="medium",
@@ -2005,6 +2015,8 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
         return None
     moved = _moved_before(run)
     firing = [code for _, _, codes in LEADERS for code in codes if code in run.firing]
+    onset = _onset(window.steps, values, best, now)
+    earlier = {code for name, _, codes in LEADERS for code in codes if _moved_by(moved, name, onset)}
     fix = scale_field(
         run,
         "RL033.1",
@@ -2029,9 +2041,9 @@ def reward_collapse(run: RunView, p: Params) -> RuleResult:
         ],
         suggestions=(fix,),
         confidence="high" if fast.t < -p.t and gained else "medium",
-        onset_step=_onset(window.steps, values, best, now),
+        onset_step=onset,
         impact="what was learned is being lost",
-        causes=tuple(firing),
+        causes=tuple(code for code in firing if code in earlier),
         not_checked=("whether prompts or reward changed: not measured", *held_out_unchecked(run)),
     )
 
@@ -2125,6 +2137,11 @@ def _moved_before(run: RunView) -> list[Evidence]:
         start, end = stats.median(window.values[:50]), stats.median(window.values[-10:])
         found.append(Evidence(name, "cusum", end, len(window), span, baseline=start))
     return sorted(found, key=lambda e: e.window[0])
+
+
+def _moved_by(moved: list[Evidence], name: str, step: int) -> bool:
+    """Whether a signal had left its course by a step: what moved later is no cause."""
+    return any(e.signal == name and e.window[0] <= step for e in moved)
 
 
 def _from_to(suggestion: Suggestion) -> str:
