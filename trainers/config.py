@@ -90,5 +90,7 @@ class OutspokenConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and bf16_supported()
         with warnings.catch_warnings():
             # The field keeps TRL's name; that transformers is about to rename it is not the user's business.
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning
+            )
             super().__post_init__()
