@@ -22,6 +22,11 @@ VERDICT_STATES: tuple[str, ...] = tuple(schemas.schema("common")["$defs"]["verdi
 _CODE = re.compile(schemas.schema("common")["$defs"]["code"]["pattern"])
 
 
+# Errors about numbers that were not finite: weights that were saved since may be damaged, whatever came after. Other
+# errors that were resolved, often by a change that was verified, do not make a run bad.
+LASTING = ("NUM001", "NUM002")
+
+
 @dataclass(frozen=True)
 class GateResult:
     """The gate's answer; `reasons` are sentences, `notes` say what could not be read and did not matter."""
@@ -50,8 +55,8 @@ def gate(
         fail_on: what makes it bad: verdict states ("collapsing", "broken" …; "collapse" means collapsing), "error"
             or "warning" (a diagnostic of that severity or worse fired), codes of rules. A list, or words with commas
             between. Default: collapsing, broken, error.
-        unresolved_only: which diagnostics count. None (default): errors and rules named by code if they ever fired,
-            warnings if they still fired at the end. True: only what still fired at the end. False: all that fired.
+        unresolved_only: which diagnostics count. None (default): those that still fired at the end; rules named by code
+            and the errors of `LASTING`, whose damage stays when they fall silent, if they ever fired. True: only what still fired at the end. False: all that fired.
             What was suppressed throughout, because another diagnostic explains it, never counts.
         allow_running: judge a run that still trains by what it shows so far.
 
@@ -145,7 +150,8 @@ def _fired(transitions: Iterable[Mapping[str, Any]], words: list[str], unresolve
         if not named and _rank(record) > limit:
             continue
         at_end = latest[key].get("state") in ("firing", "unknown")  # unknown: it fired, then could not be judged
-        ever_counts = named or record.get("severity") == "error" if unresolved_only is None else not unresolved_only
+        lasting = record.get("code") in LASTING and record.get("severity") == "error"
+        ever_counts = named or lasting if unresolved_only is None else not unresolved_only
         if at_end or ever_counts:
             end = "still so at the end" if at_end else f"{latest[key].get('state')} at step {latest[key].get('step')}"
             reasons.append(

@@ -21,8 +21,8 @@ def gate(
         bool | None,
         typer.Option(
             "--unresolved-only/--ever-fired",
-            help="Count only diagnostics that still fired at the end, or all that ever fired. By default errors and "
-            "named rules count if they ever fired, warnings if they still fired at the end.",
+            help="Count only diagnostics that still fired at the end, or all that ever fired. By default those "
+            "count that still fired at the end, and named rules and non-finite numbers if they ever fired.",
         ),
     ] = None,
     allow_running: Annotated[

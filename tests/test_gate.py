@@ -102,7 +102,8 @@ EASED = [*FIRED_ERROR, a_diagnostic("NUM001", "firing", "warning", step=12)]
         (INFO, "PERF001", 1, 1, 1),
         (PAST_WARNING, "RL016", 1, 0, 1),
         (PAST_WARNING, "RL001", 0, 0, 0),
-        (WORSENED, "error", 1, 0, 1),
+        (WORSENED, "error", 0, 0, 1),  # it was an error, and was cured
+        (WORSENED, "RL016", 1, 0, 1),
         (EASED, "error", 1, 1, 1),
     ],
 )
