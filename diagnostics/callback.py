@@ -97,7 +97,7 @@ def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
 class _Checkpoint:
     step: int
     path: str
-    good: bool  # no error fired when it was written
+    good: bool  # no error fired when it was written, nor was found later to have begun before
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -660,11 +660,19 @@ class DiagnosticsCallback(TrainerCallback):
             sink.observation(observation.step, observation.signals)
         self._publish(transitions)
 
+    def _distrust_checkpoints(self, record: Mapping[str, Any]) -> None:
+        """An error that fires now began earlier: checkpoints written in between hold what it did."""
+        if record["state"] == "firing" and record["severity"] == "error" and record["onset_step"] is not None:
+            for checkpoint in self._checkpoints:
+                if checkpoint.step >= record["onset_step"]:
+                    checkpoint.good = False
+
     def _publish(self, transitions: list[Any]) -> None:
         assert self.engine is not None and self._writer is not None
         for transition in transitions:
             if transition.kind == "transition":
                 self._writer.append_diagnostic(transition.record)
+                self._distrust_checkpoints(transition.record)
             for sink in self._sinks or ():
                 sink.transition(transition)
         verdict = self.engine.verdict()

@@ -660,3 +660,15 @@ def test_a_resume_over_odd_lines(sft, capsys):
         tail = [json.loads(line) for line in file.read().splitlines()[-3:]]
     assert [line["step"] for line in tail if "time/step" in line["signals"]] == [9, 10]
     assert {line["segment"] for line in tail} == {1}
+
+
+def test_checkpoints_between_the_onset_of_an_error_and_its_alarm_are_not_good():
+    from outspoken.diagnostics.callback import DiagnosticsCallback, _Checkpoint
+
+    callback = DiagnosticsCallback()
+    callback._checkpoints = [_Checkpoint(step, f"checkpoint-{step}", True) for step in (5, 9, 25)]
+    callback._distrust_checkpoints({"state": "firing", "severity": "warning", "onset_step": 1})
+    callback._distrust_checkpoints({"state": "resolved", "severity": "error", "onset_step": 1})
+    assert all(c.good for c in callback._checkpoints)
+    callback._distrust_checkpoints({"state": "firing", "severity": "error", "onset_step": 9})
+    assert [c.good for c in callback._checkpoints] == [True, False, False]
