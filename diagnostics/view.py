@@ -17,6 +17,7 @@ Array = NDArray[np.float64]
 CAPACITY = 512  # newest points kept of each signal
 BASE_SKIP, BASE_POINTS = 2, 20  # the baseline is points 3..22 of a segment
 FIRST_POINTS = 50  # points kept of the run's beginning
+MOST_TRIALS = 1e12  # a larger count is garbage
 MAX_BLOCKS = 256  # block means kept of the whole run; their length doubles when they are full
 
 
@@ -83,6 +84,19 @@ class PooledWindow:
         return Evidence(
             self.name, "pooled", self.mean, self.n, self.span, threshold=threshold, direction="above", p=p, **more
         )
+
+
+def pool_newest(window: Window, shares: Array, trials: Array, take: int) -> PooledWindow | None:
+    """Pool the newest `take` shares, each over its own number of trials; None if these are no counts.
+
+    `shares` and `trials` are as long as the window. A share that is none (above 1, or beside a count that is zero,
+    negative or absurd) is no evidence.
+    """
+    hits, counted = float(shares[-take:] @ trials[-take:]), float(trials[-take:].sum())
+    if not 0.5 <= counted <= MOST_TRIALS or not 0 <= hits <= counted * (1 + 1e-6):
+        return None
+    n = round(counted)
+    return PooledWindow(window.name, min(round(hits), n), n, (int(window.steps[-take]), int(window.steps[-1])))
 
 
 class Ring:
@@ -261,29 +275,18 @@ class RunView:
         ring = self.rings.get(name)
         return ring.base if ring is not None else None
 
-    def pooled(self, name: str, min_n: int, max_n: int | None = None, min_steps: int = 1) -> PooledWindow | None:
-        """Counts behind a share, pooled over the newest steps until `min_n` trials and `min_steps` steps are in.
+    def pooled(self, name: str, min_n: int) -> PooledWindow | None:
+        """Counts behind a share, pooled over the newest steps until `min_n` trials are in.
 
         The number of trials behind each point is the signal `<name>#n`, else the signal that the table names as its
         weight, else the number that the config implies. None if it cannot be known or there are too few trials.
         """
-        ring = self.rings.get(name)
-        if ring is None or ring.size == 0:
+        window = self.window(name)
+        trials = self.trials(name, len(window)) if window is not None else None
+        if window is None or trials is None:
             return None
-        steps, values = ring.window(CAPACITY)
-        trials = self.trials(name, len(values))
-        if trials is None:
-            return None
-        total = np.cumsum(trials[::-1])
-        enough = int(np.searchsorted(total, min_n)) + 1
-        take = max(enough, min_steps)
-        if enough > len(values) or take > len(values):
-            return None
-        if max_n is not None:
-            take = max(take, int(np.searchsorted(total, max_n, side="right")))
-        hits = float((values[-take:] * trials[-take:]).sum())
-        n = round(float(total[take - 1]))
-        return PooledWindow(name, min(round(hits), n), n, (int(steps[-take]), int(steps[-1])))
+        take = int(np.searchsorted(np.cumsum(trials[::-1]), min_n)) + 1
+        return pool_newest(window, window.values, trials, take) if take <= len(window) else None
 
     def trials(self, name: str, points: int) -> Array | None:
         """How many trials stand behind each of the newest points of a share; None if that cannot be known."""

@@ -9,14 +9,13 @@ import numpy as np
 from outspoken.diagnostics import signals as signal_table
 from outspoken.diagnostics import stats
 from outspoken.diagnostics.records import Evidence, Unknown
-from outspoken.diagnostics.view import Array, PooledWindow, RunView
+from outspoken.diagnostics.view import Array, PooledWindow, RunView, pool_newest
 
 SIGNIFICANT = 3.5  # |T| of a two-window comparison, and |z| of a trend, that counts as a change
 HINT = 2.0  # a |T| that is no proof, but enough to hold back an alarm about a reward that does not move
 REWARD = "reward"
 Direction = Literal["above", "below"]
 NEWEST = 128  # points looked at when pooling: more than any rule needs
-MOST_TRIALS = 1e12  # a larger count is garbage
 ENOUGH_STEPS = 50  # steps that are enough to pool, however few trials they hold
 
 
@@ -50,11 +49,11 @@ def pool(
     if take > points:
         have = f"{total[-1]:.0f} of {min_n:.0f}" if enough > points else f"{points} of {min_steps} steps"
         return Unknown(f"too little data for {name} so far: {have}")
-    hits, counted = float(shares[-take:] @ trials[-take:]), float(total[take - 1])
-    if not 0.5 <= counted <= MOST_TRIALS or not 0 <= hits <= counted * (1 + 1e-6):
+    pooled = pool_newest(window, shares, trials, take)
+    if pooled is None:
+        hits, counted = float(shares[-take:] @ trials[-take:]), float(trials[-take:].sum())
         return Unknown(f"{name} is no share of the trials counted beside it: {hits:.3g} of {counted:.3g}")
-    n = round(counted)
-    return PooledWindow(name, min(round(hits), n), n, (int(window.steps[-take]), int(window.steps[-1])))
+    return pooled
 
 
 def median_evidence(
