@@ -1,6 +1,7 @@
 """What every trainer's config shares: live fields, and the defaults that differ from `TrainingArguments`."""
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
+
+from outspoken.trainers.loading import model_id
+
+logger = logging.getLogger(__name__)
 
 
 class LiveMetadata(dict):
@@ -48,6 +53,38 @@ def live_fields(config: Any) -> dict[str, dict[str, Any]]:
         for f in dataclasses.fields(config)
         if "live" in f.metadata
     }
+
+
+def as_config(config_class: type, args: Any, model: Any, trainer: str) -> Any:
+    """What the user passed as `args`, as a `config_class`: itself, or one with the fields that both share.
+
+    Args:
+        args: such a config, another `TrainingArguments` (fields that only it has and that were set are named in a
+            warning), or None: the defaults, in a folder named after the model.
+        trainer: the trainer's class name, like `SFTTrainer`.
+
+    Raises:
+        TypeError: `args` is something else.
+    """
+    name = config_class.__name__
+    if args is None:
+        return config_class(f"{model_id(model).split('/')[-1] or 'model'}-{trainer.removesuffix('Trainer')}")
+    if isinstance(args, config_class):
+        return args
+    if not isinstance(args, TrainingArguments):
+        article = "an" if name[0] in "AEFHILMNORSX" else "a"  # as the letter is spoken
+        raise TypeError(f"`args` must be {article} {name}, got {type(args).__name__}.")
+    known = {f.name for f in dataclasses.fields(config_class) if f.init}
+    dropped = [
+        f.name
+        for f in dataclasses.fields(args)
+        if f.init and f.name not in known and getattr(args, f.name) != f.default and not f.name.startswith("_")
+    ]
+    if dropped:
+        logger.warning(f"{trainer} does not know these settings of the {type(args).__name__}: {', '.join(dropped)}.")
+    values = {key: value for key, value in args.to_dict().items() if key in known}
+    values["hub_token"] = args.hub_token  # to_dict hides it
+    return config_class(**values)
 
 
 def bf16_supported() -> bool:

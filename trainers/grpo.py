@@ -9,7 +9,6 @@ tokens, `K` reward functions.
 
 import contextlib
 import copy
-import dataclasses
 import inspect
 import logging
 import math
@@ -41,7 +40,7 @@ from outspoken.diagnostics.recorder import Recorder
 from outspoken.diagnostics.records import as_number
 from outspoken.trainers import advantages as group_advantages
 from outspoken.trainers import loading
-from outspoken.trainers.config import OutspokenConfig, live_field, live_fields
+from outspoken.trainers.config import OutspokenConfig, as_config, live_field, live_fields
 from outspoken.trainers.data.formats import column_names, is_messages
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores
 from outspoken.trainers.losses import policy
@@ -308,23 +307,7 @@ class GRPOConfig(OutspokenConfig):
 
 def as_grpo_config(args: TrainingArguments | None, model: "str | PreTrainedModel | PeftModel") -> GRPOConfig:
     """A `GRPOConfig` from what the user passed: itself, or one with the fields that a `TrainingArguments` shares."""
-    if args is None:
-        return GRPOConfig(f"{loading.model_id(model).split('/')[-1] or 'model'}-GRPO")
-    if isinstance(args, GRPOConfig):
-        return args
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"`args` must be a GRPOConfig, got {type(args).__name__}.")
-    known = {f.name for f in dataclasses.fields(GRPOConfig) if f.init}
-    dropped = [
-        f.name
-        for f in dataclasses.fields(args)
-        if f.init and f.name not in known and getattr(args, f.name) != f.default and not f.name.startswith("_")
-    ]
-    if dropped:
-        logger.warning(f"GRPOTrainer does not know these settings of the {type(args).__name__}: {', '.join(dropped)}.")
-    values = {key: value for key, value in args.to_dict().items() if key in known}
-    values["hub_token"] = args.hub_token  # to_dict hides it
-    return GRPOConfig(**values)
+    return as_config(GRPOConfig, args, model, "GRPOTrainer")
 
 
 class GRPOTrainer(Trainer):

@@ -5,7 +5,6 @@ log-probabilities come from a forward pass that never builds the full logits (`l
 (`losses/supervised.py`) is their negative sum over the labels of the whole optimizer step.
 """
 
-import dataclasses
 import logging
 import warnings
 from collections import defaultdict
@@ -29,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from outspoken.diagnostics.recorder import Recorder
-from outspoken.trainers.config import OutspokenConfig, live_field
+from outspoken.trainers.config import OutspokenConfig, as_config, live_field
 from outspoken.trainers.data.chat_templates import apply_chat_template_path, trains_to_stop
 from outspoken.trainers.data.formats import column_names, first_row
 from outspoken.trainers.data.padding import pad
@@ -38,7 +37,6 @@ from outspoken.trainers.loading import (
     ensure_pad_token,
     load_model,
     load_tokenizer,
-    model_id,
     refuse_unsupported_model,
     set_eos_token,
     wrap_with_peft,
@@ -537,16 +535,7 @@ class SFTTrainer(Trainer):
 
 def as_sft_config(args: TrainingArguments | None, model: "str | PreTrainedModel | PeftModel") -> SFTConfig:
     """An `SFTConfig` from what the user passed: itself, or one with the fields that a `TrainingArguments` shares."""
-    if args is None:
-        return SFTConfig(f"{model_id(model).split('/')[-1] or 'model'}-SFT")
-    if isinstance(args, SFTConfig):
-        return args
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"`args` must be an SFTConfig, got {type(args).__name__}.")
-    known = {f.name for f in dataclasses.fields(SFTConfig) if f.init}
-    values = {key: value for key, value in args.to_dict().items() if key in known}
-    values["hub_token"] = args.hub_token  # to_dict hides it
-    return SFTConfig(**values)
+    return as_config(SFTConfig, args, model, "SFTTrainer")
 
 
 def named_datasets(datasets: AnyDataset | dict[str, AnyDataset] | None, name: str) -> dict[str, AnyDataset]:
