@@ -70,14 +70,14 @@ class PooledWindow:
 
     @property
     def mean(self) -> float:
-        return self.k / self.n
+        return stats.Pooled(self.k, self.n).mean
 
     def tail(self, p0: float) -> float:
         """P(at least k hits of n) if each had probability p0: the exact one-sided binomial p-value."""
-        return stats.binomial_tail(self.k, self.n, p0)
+        return stats.Pooled(self.k, self.n).p_value(p0)
 
     def exceeds(self, p0: float, alpha: float = 1e-3) -> bool:
-        return self.mean > p0 and self.tail(p0) < alpha
+        return stats.Pooled(self.k, self.n).exceeds(p0, alpha)
 
     def evidence(self, threshold: float, **more: Any) -> Evidence:
         p = self.tail(threshold)
