@@ -13,11 +13,12 @@ from outspoken.trainers.logprobs import (
     selective_log_softmax,
 )
 
-ALL = ("entropy", "is_top1", "mean_logps")
+ALL = ("entropy", "is_top1", "mean_logps", "mean_logits", "log_sum_sq_probs")
+NUMBERS = ("logps", "entropy", "mean_logps", "mean_logits", "log_sum_sq_probs")
 
 
 def _reference(logits, labels, temperature=1.0):
-    """The four quantities from the full log-softmax, zero where the label is -100."""
+    """The quantities from the full log-softmax, zero where the label is -100."""
     logps = log_softmax(logits / temperature, dim=-1)
     mask = labels != IGNORE_INDEX
     picked = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -26,6 +27,8 @@ def _reference(logits, labels, temperature=1.0):
         "entropy": torch.where(mask, -(logps.exp() * logps).sum(-1), 0.0),
         "is_top1": mask & (logps.argmax(-1) == labels),
         "mean_logps": torch.where(mask, logps.mean(-1), 0.0),
+        "mean_logits": torch.where(mask, (logits / temperature).mean(-1), 0.0).detach(),
+        "log_sum_sq_probs": torch.where(mask, logps.exp().square().sum(-1).log(), 0.0).detach(),
     }
 
 
@@ -50,7 +53,7 @@ def test_scores_and_gradients_equal_log_softmax(slice_logits, temperature):
     total = expected["logps"] + 0.5 * expected["entropy"] + 0.1 * expected["mean_logps"]
     (total * weights).sum().backward()
 
-    for name in ("logps", "entropy", "mean_logps"):
+    for name in NUMBERS:
         torch.testing.assert_close(getattr(scores, name), expected[name], atol=1e-5, rtol=1e-5)
     assert torch.equal(scores.is_top1, expected["is_top1"])
     assert torch.equal(scores.mask, labels != IGNORE_INDEX)
@@ -153,7 +156,7 @@ def test_label_scores_equal_the_full_logits(kind, tiny_model_factory, tiny_token
 
     assert output.logits.shape[1] == 1
     torch.testing.assert_close(output.logits, logits[:, -1:])
-    for name in ("logps", "entropy", "mean_logps"):
+    for name in NUMBERS:
         torch.testing.assert_close(getattr(scores, name), expected[name], atol=1e-5, rtol=1e-5)
     assert torch.equal(scores.is_top1, expected["is_top1"])
     for name, parameter in model.named_parameters():

@@ -36,6 +36,10 @@ class TokenScores:
         entropy: entropy of the distribution the label was drawn from, in nats; None unless asked for.
         is_top1: whether the label is the most likely token; None unless asked for.
         mean_logps: mean log-probability over the vocabulary (what label smoothing pulls up); None unless asked for.
+        mean_logits: mean over the vocabulary of the logits, divided by the temperature, without gradient; None unless
+            asked for.
+        log_sum_sq_probs: log of the sum over the vocabulary of p^2, without gradient (WPO, arXiv 2406.11827); None
+            unless asked for.
     """
 
     logps: Tensor
@@ -43,6 +47,8 @@ class TokenScores:
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
     mean_logps: Tensor | None = None
+    mean_logits: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
 
 
 def selective_log_softmax(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -82,7 +88,8 @@ def scores_from_logits(
         logits: (..., V).
         labels: (...), -100 where nothing is scored.
         temperature: the logits are divided by it.
-        want: further fields of `TokenScores` to compute, of "entropy", "is_top1", "mean_logps".
+        want: further fields of `TokenScores` to compute, of "entropy", "is_top1", "mean_logps",
+            "mean_logits", "log_sum_sq_probs".
         entropy_grad: whether gradients flow through the entropy.
         max_slice_logits: how many float32 logits may exist at a time beside the given ones.
     """
@@ -294,4 +301,9 @@ def _score_slice(
         scores["is_top1"] = logits.detach().argmax(-1) == targets
     if "mean_logps" in want:
         scores["mean_logps"] = logits.mean(-1) - normalizer
+    if "mean_logits" in want:
+        scores["mean_logits"] = logits.detach().mean(-1)
+    if "log_sum_sq_probs" in want:
+        with torch.no_grad():
+            scores["log_sum_sq_probs"] = (2 * logits).logsumexp(-1) - 2 * normalizer
     return scores
