@@ -257,7 +257,7 @@ def test_argument_mistakes(build, tiny_model_factory, tiny_tokenizer, tmp_path):
         build(model=T5ForConditionalGeneration(T5Config(**small)))
     seeing = tiny_model_factory()
     seeing.config.vision_config = {"hidden_size": 8}
-    with pytest.raises(ValueError, match=r"^SFTTrainer trains text models only, but LlamaForCausalLM also takes"):
+    with pytest.raises(ValueError, match=r"^SFTTrainer cannot train LlamaForCausalLM, which also takes images"):
         build(model=seeing)
     (tmp_path / "empty").mkdir()
     tiny_model_factory().save_pretrained(tmp_path / "empty")

@@ -49,6 +49,7 @@ from outspoken.trainers.rollouts.batch import RolloutBatch, pad_ids
 from outspoken.trainers.rollouts.sampler import RepeatSampler, repeat_stream
 from outspoken.trainers.rollouts.show import print_completions
 from outspoken.trainers.rollouts.transformers_backend import eos_token_ids, generate
+from outspoken.trainers.setup import disable_dropout, finish_setup, prepare_processing, set_up_router_loss
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -344,6 +345,8 @@ class GRPOTrainer(Trainer):
     # `compute_loss` divides by the number of micro-batches itself.
     loss_is_scaled_for_ga = True
 
+    _metrics: dict[str, dict[str, list[float]]]
+
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
@@ -393,16 +396,10 @@ class GRPOTrainer(Trainer):
             "trust_remote_code": args.trust_remote_code,
             "quantization_config": quantization_config,
         }
+        processing = prepare_processing(model, args, processing_class, trainer="GRPOTrainer")
+        tokenizer = processing.tokenizer
         model = loading.load_model(model, **load)
-        loading.refuse_unsupported_model(model, "GRPOTrainer")
-        tokenizer = loading.load_tokenizer(
-            model,
-            processing_class,
-            revision=(model_init_kwargs or {}).get("revision"),
-            trust_remote_code=args.trust_remote_code,
-            trainer="GRPOTrainer",
-        )
-        loading.ensure_pad_token(model, tokenizer)
+        loading.tell_model(model, tokenizer)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
 
         # The reference is the policy as it is now; an adapter's is reached by switching the adapter.
@@ -416,10 +413,10 @@ class GRPOTrainer(Trainer):
         model = loading.wrap_with_peft(model, peft_config, args)
         for prepared in [model] if self.ref_model is None else [model, self.ref_model]:
             if args.disable_dropout:
-                _disable_dropout(prepared)
+                disable_dropout(prepared)
             if args.cast_lm_head_to_fp32:
                 _cast_head_to_fp32(prepared)
-        self.aux_loss_coef = _router_aux_loss_coef(model, args.router_aux_loss_coef)
+        self.aux_loss_coef = set_up_router_loss(model, args.router_aux_loss_coef)
         self._takes_position_ids = _takes_position_ids(model)
 
         self.recorder = Recorder()
@@ -436,16 +433,10 @@ class GRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, and GRPOTrainer does not support nn.DataParallel; start "
-                "it with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
-            )
         if self.ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         self._set_reward_functions(reward_funcs, reward_processing_classes)
 
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         # The completions of the latest generation batch, column by column, for the completions table.
         size = args.generation_batch_size
         self._logs: dict[str, Any] = {
@@ -463,14 +454,7 @@ class GRPOTrainer(Trainer):
         # Processes must not draw the same completions.
         set_seed(args.seed, device_specific=True)
 
-        if args.diagnose:
-            from outspoken.diagnostics.callback import DiagnosticsCallback
-
-            present = [c for c in self.callback_handler.callbacks if isinstance(c, DiagnosticsCallback)]
-            observer = present[0] if present else DiagnosticsCallback()
-            if not present:
-                self.add_callback(observer)
-            observer.attach(self)
+        finish_setup(self, "grpo")
 
     # Setting up
 
@@ -1129,24 +1113,6 @@ def _takes_position_ids(model: Any) -> bool:
             return False
         model = model.get_base_model()
     return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _router_aux_loss_coef(model: "PreTrainedModel | PeftModel", coef: float | None) -> float:
-    """Weight of the load-balancing loss; 0 for models that have none."""
-    config = model.config.get_text_config()
-    if not hasattr(config, "output_router_logits"):
-        if coef:
-            raise ValueError(
-                f"router_aux_loss_coef is {coef}, but {type(model).__name__} is no mixture-of-experts model; leave it unset."
-            )
-        return 0.0
-    return getattr(config, "router_aux_loss_coef", 0.0) if coef is None else coef
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def _cast_head_to_fp32(model: Any) -> None:

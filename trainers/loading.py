@@ -10,6 +10,7 @@ from accelerate.utils import is_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -89,35 +90,69 @@ def parse_dtype(dtype: Any) -> Any:
     )
 
 
-def refuse_unsupported_model(model: "PreTrainedModel | PeftModel", trainer: str) -> None:
-    """Raise for architectures that a text, decoder-only trainer cannot train."""
-    config: PreTrainedConfig = model.config
-    name = type(model).__name__
+def config_of(
+    model: "str | PreTrainedModel | PeftModel", model_init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    """A model's config, without its weights.
+
+    Raises:
+        ValueError: there is no model at this path.
+    """
+    if not isinstance(model, str):
+        return model.config
+    revision = (model_init_kwargs or {}).get("revision")
+    if (model_init_kwargs or {}).get("gguf_file"):
+        return AutoConfig.from_pretrained(model, gguf_file=model_init_kwargs["gguf_file"])  # type: ignore[index]
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"`model` is {model!r}, which is neither a folder with a model nor one on the hub that can be reached; "
+            "check the path or name."
+        ) from error
+
+
+def refuse_unsupported_model(config: PreTrainedConfig, name: str, trainer: str, images: bool = False) -> None:
+    """Raise for architectures that the trainer cannot train.
+
+    Args:
+        name: the model's class, for messages.
+        images: whether the trainer can train models that take images.
+    """
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{trainer} trains decoder-only language models, but {name} is an encoder-decoder; "
             "pass a causal language model."
         )
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+    takes = ["audio"] if getattr(config, "audio_config", None) is not None else []
+    if getattr(config, "vision_config", None) is not None and not images:
+        takes.insert(0, "images")
+    if takes:
         raise ValueError(
-            f"{trainer} trains text models only, but {name} also takes images or audio; "
-            "pass its text-only causal language model."
+            f"{trainer} cannot train {name}, which also takes {' and '.join(takes)}; pass its text-only causal "
+            "language model."
         )
 
 
-def load_tokenizer(
-    model: "PreTrainedModel | PeftModel",
+def load_processor(
+    model: "str | PreTrainedModel | PeftModel",
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     *,
+    config: PreTrainedConfig | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     trainer: str = "this trainer",
-) -> PreTrainedTokenizerBase:
-    """Return the tokenizer: the given one, or the one stored beside the model.
+    images: bool = False,
+) -> Any:
+    """Return the tokenizer, or the processor of a model that takes images: the given one, or the one beside the model.
+
+    Args:
+        config: the model's, where `model` is a path.
+        images: whether the trainer can train models that take images.
 
     Raises:
         ValueError: there is none beside the model.
-        TypeError: `processing_class` is a processor (images, audio), or no tokenizer at all.
+        TypeError: `processing_class` is a processor, but the trainer takes text only, or it is neither.
     """
     if processing_class is None:
         path = model_id(model)
@@ -126,28 +161,37 @@ def load_tokenizer(
                 "`processing_class` is missing, and the model was not loaded from a path where a tokenizer could be; "
                 "pass the model's tokenizer as `processing_class`."
             )
+        auto_class: Any = AutoTokenizer
+        config = config if config is not None or isinstance(model, str) else model.config
+        if images and getattr(config, "vision_config", None) is not None:
+            auto_class = AutoProcessor
         try:
-            processing_class = AutoTokenizer.from_pretrained(
-                path, revision=revision, trust_remote_code=trust_remote_code
-            )
+            processing_class = auto_class.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"No tokenizer could be loaded from {path!r}; pass the model's tokenizer as `processing_class`."
             ) from error
     if isinstance(processing_class, ProcessorMixin):
-        raise TypeError(
-            f"`processing_class` is a {type(processing_class).__name__}, but {trainer} trains text models only; "
-            "pass its tokenizer, `processing_class.tokenizer`."
-        )
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        if not images:
+            raise TypeError(
+                f"`processing_class` is a {type(processing_class).__name__}, but {trainer} trains text models only; "
+                "pass its tokenizer, `processing_class.tokenizer`."
+            )
+    elif not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(f"`processing_class` must be a tokenizer, got {type(processing_class).__name__}.")
     return processing_class
 
 
-def set_eos_token(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, eos_token: str) -> None:
-    """Make `eos_token` the token that ends a turn, for the tokenizer, the model and generation.
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer: the processor's, or itself if it is one."""
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
-    Generation keeps stopping at the tokens it stopped at before.
+
+def set_eos_token(tokenizer: PreTrainedTokenizerBase, eos_token: str) -> None:
+    """Make `eos_token` the token that ends a turn; `tell_model` tells the model.
+
+    Raises:
+        ValueError: the vocabulary does not have it.
     """
     if eos_token not in tokenizer.get_vocab():
         raise ValueError(
@@ -155,21 +199,15 @@ def set_eos_token(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTok
             "name a token it has, or add it to the tokenizer and resize the model's embeddings first."
         )
     tokenizer.eos_token = eos_token
-    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
-    generation_config = getattr(model, "generation_config", None)
-    if generation_config is not None:
-        old = generation_config.eos_token_id
-        old = [] if old is None else [old] if isinstance(old, int) else list(old)
-        if tokenizer.eos_token_id not in old:
-            generation_config.eos_token_id = [tokenizer.eos_token_id, *old]
 
 
-def ensure_pad_token(
-    model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None
-) -> int:
-    """Give the tokenizer a padding token, tell the model, and return its id.
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> int:
+    """Give the tokenizer a padding token and return its id.
 
     It is the given one, else the tokenizer's own, else its end-of-sequence token.
+
+    Raises:
+        ValueError: there is none, or the vocabulary does not have it.
     """
     chosen = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if chosen is None:
@@ -183,10 +221,27 @@ def ensure_pad_token(
             "name a token it has."
         )
     tokenizer.pad_token = chosen
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer.pad_token_id
+
+
+def tell_model(model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, eos: bool = False) -> None:
+    """Make the model's configs agree with the tokenizer on the padding token, and with `eos` on the end of a turn.
+
+    Generation keeps stopping at the tokens it stopped at before.
+    """
+    config = model.config.get_text_config()
+    config.pad_token_id = tokenizer.pad_token_id
+    generation_config = getattr(model, "generation_config", None)
+    if generation_config is not None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
+    if not eos:
+        return
+    config.eos_token_id = tokenizer.eos_token_id
+    if generation_config is not None:
+        old = generation_config.eos_token_id
+        old = [] if old is None else [old] if isinstance(old, int) else list(old)
+        if tokenizer.eos_token_id not in old:
+            generation_config.eos_token_id = [tokenizer.eos_token_id, *old]
 
 
 def is_quantized(model: "PreTrainedModel | PeftModel") -> bool:

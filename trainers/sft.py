@@ -7,10 +7,9 @@ log-probabilities come from a forward pass that never builds the full logits (`l
 
 import logging
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -23,34 +22,35 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer_utils import EvalPrediction
 
 from outspoken.diagnostics.recorder import Recorder
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
-from outspoken.trainers.data.chat_templates import apply_chat_template_path, trains_to_stop
+from outspoken.trainers.data.chat_templates import trains_to_stop
 from outspoken.trainers.data.formats import column_names, first_row
 from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.supervised import SupervisedFormat, prepare_supervised
-from outspoken.trainers.loading import (
-    ensure_pad_token,
-    load_model,
-    load_tokenizer,
-    refuse_unsupported_model,
-    set_eos_token,
-    wrap_with_peft,
-)
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses.supervised import dft_loss, nll_loss, smoothed_nll_loss
+from outspoken.trainers.setup import (
+    AnyDataset,
+    Datasets,
+    add_metrics,
+    check_datasets,
+    finish_setup,
+    map_datasets,
+    parse_pad_to_multiple_of,
+    prepare_model,
+    prepare_processing,
+    set_up_router_loss,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger(__name__)
-
-AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 @dataclass
@@ -145,11 +145,7 @@ class SFTConfig(OutspokenConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.pad_to_multiple_of, str):
-            text = self.pad_to_multiple_of.lower()
-            if text not in ("auto", "none", "null") and not text.isdecimal():
-                raise ValueError(f"`pad_to_multiple_of` is {text!r}; use a number of tokens, 'auto' or 'none'.")
-            self.pad_to_multiple_of = int(text) if text.isdecimal() else None
+        self.pad_to_multiple_of = parse_pad_to_multiple_of(self.pad_to_multiple_of)
         if self.loss_type == "chunked_nll":
             warnings.warn(
                 "`loss_type='chunked_nll'` is deprecated; 'nll' computes the same, also without full logits.",
@@ -230,6 +226,7 @@ class SFTTrainer(Trainer):
     model: Any
     args: Any  # SFTConfig
     _signature_columns: Any
+    _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(
         self,
@@ -237,7 +234,7 @@ class SFTTrainer(Trainer):
         args: SFTConfig | TrainingArguments | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: AnyDataset | None = None,
-        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        eval_dataset: Datasets = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_loss_func: Callable | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -259,43 +256,7 @@ class SFTTrainer(Trainer):
                 f"`label_smoothing_factor={args.label_smoothing_factor}` has no effect: it only changes "
                 "`loss_type='nll'`."
             )
-        check_dataset_type(train_dataset, "train_dataset")
-        for name, dataset in named_datasets(eval_dataset, "eval").items():
-            check_dataset_type(
-                dataset, f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset"
-            )
-        if isinstance(train_dataset, IterableDataset):
-            # Batches of a stream differ in length, which Accelerate cannot dispatch from one process to the others.
-            accelerator_config: Any = args.accelerator_config
-            accelerator_config.dispatch_batches = False
-
-        # The model and its tokenizer. An adapter's weights are drawn at random, so the seed is set first.
-        set_seed(args.seed)
-        model_init_kwargs: Any = args.model_init_kwargs
-        revision = (model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        model = load_model(
-            model,
-            model_init_kwargs,
-            trust_remote_code=args.trust_remote_code,
-            quantization_config=quantization_config,
-        )
-        refuse_unsupported_model(model, "SFTTrainer")
-        tokenizer = load_tokenizer(
-            model,
-            processing_class,
-            revision=revision,
-            trust_remote_code=args.trust_remote_code,
-            trainer="SFTTrainer",
-        )
-        if args.eos_token is not None:
-            set_eos_token(model, tokenizer, args.eos_token)
-        added_tokens = []
-        if args.chat_template_path is not None:
-            added_tokens = apply_chat_template_path(model, tokenizer, args.chat_template_path)
-        model = wrap_with_peft(model, peft_config, args, added_tokens)
-        pad_token_id = ensure_pad_token(model, tokenizer, args.pad_token)
-
-        # The data.
+        check_datasets(train_dataset, eval_dataset, args)
         row = first_row(train_dataset, "train")
         if {"image", "images"} & {*row}:
             raise ValueError(
@@ -314,6 +275,8 @@ class SFTTrainer(Trainer):
                 "`formatting_func` makes one text of prompt and completion, so `completion_only_loss` cannot tell them "
                 "apart; set `completion_only_loss=False`, or format the dataset before."
             )
+        processing = prepare_processing(model, args, processing_class, trainer="SFTTrainer")
+        tokenizer = processing.tokenizer
         if args.assistant_only_loss and not trains_to_stop(tokenizer):
             logger.warning(
                 "With this chat template, `assistant_only_loss=True` puts no loss on the token that ends the "
@@ -327,17 +290,16 @@ class SFTTrainer(Trainer):
         own_collator = data_collator is None
         train_dataset, facts = self._prepare(train_dataset, "train", args, tokenizer, own_collator)
         self.recorder.facts.update(facts)
-        if eval_dataset is not None:
-            prepared = {
-                name: self._prepare(dataset, name, args, tokenizer, own_collator)[0]
-                for name, dataset in named_datasets(eval_dataset, "eval").items()
-            }
-            eval_dataset = prepared if isinstance(eval_dataset, dict) else prepared["eval"]
+        eval_dataset = map_datasets(
+            eval_dataset, "eval", lambda dataset, name: self._prepare(dataset, name, args, tokenizer, own_collator)[0]
+        )
         if own_collator:
-            data_collator = DataCollatorForLanguageModeling(pad_token_id, args.pad_to_multiple_of)
+            data_collator = DataCollatorForLanguageModeling(processing.pad_token_id, args.pad_to_multiple_of)
 
         super().__init__(
-            model=model,
+            model=prepare_model(
+                model, args, processing, peft_config=peft_config, quantization_config=quantization_config
+            ),
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -350,31 +312,12 @@ class SFTTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which SFTTrainer cannot use; launch with "
-                "`accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "`parallelism_config` splits sequences over processes, which SFTTrainer does not support; set its "
-                "`cp_size` and `sp_size` to 1."
-            )
         # The loss below shifts the labels and divides by `num_items_in_batch` whatever the architecture.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self._set_up_router_loss()
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(["outspoken", "sft"])
-        if args.diagnose:
-            from outspoken.diagnostics.callback import DiagnosticsCallback
-
-            if not any(isinstance(callback, DiagnosticsCallback) for callback in self.callback_handler.callbacks):
-                callback = DiagnosticsCallback()
-                self.add_callback(callback)
-                callback.attach(self)
+        self.router_aux_loss_coef = set_up_router_loss(self.model, args.router_aux_loss_coef)
+        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
+        finish_setup(self, "sft")
 
     def _prepare(
         self, dataset: AnyDataset, name: str, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, own_collator: bool
@@ -410,24 +353,6 @@ class SFTTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
             )
         return (dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset), facts
-
-    def _set_up_router_loss(self) -> None:
-        """Switch the load-balancing loss of a mixture of experts on or off, in the model's config too."""
-        config = self.model.config.get_text_config()
-        wanted = self.args.router_aux_loss_coef
-        self.aux_loss_enabled = False
-        if not hasattr(config, "output_router_logits"):
-            if wanted:
-                raise ValueError(
-                    f"`router_aux_loss_coef={wanted}` needs a mixture-of-experts model that returns its router's "
-                    f"logits, which {type(self.model).__name__} does not; leave it unset."
-                )
-            return
-        self.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted
-        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
-        if hasattr(config, "router_aux_loss_coef"):
-            config.output_router_logits = self.aux_loss_enabled
-            config.router_aux_loss_coef = self.router_aux_loss_coef
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -516,41 +441,17 @@ class SFTTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate; a dataset given here is prepared like those given to the trainer."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        # Of a dict, `Trainer` evaluates one dataset after the other, here.
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):
             own_collator = isinstance(self.data_collator, DataCollatorForLanguageModeling)
-            prepared = {
-                name: self._prepare(dataset, name, self.args, self.processing_class, own_collator)[0]
-                for name, dataset in named_datasets(eval_dataset, "eval").items()
-            }
-            eval_dataset = prepared if isinstance(eval_dataset, dict) else prepared["eval"]
+            eval_dataset, _ = self._prepare(eval_dataset, "eval", self.args, self.processing_class, own_collator)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else "eval_"
-        logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()})
+        add_metrics(self, logs)
         super().log(logs, start_time)
-        self._metrics[mode].clear()
 
 
 def as_sft_config(args: TrainingArguments | None, model: "str | PreTrainedModel | PeftModel") -> SFTConfig:
     """An `SFTConfig` from what the user passed: itself, or one with the fields that a `TrainingArguments` shares."""
     return as_config(SFTConfig, args, model, "SFTTrainer")
-
-
-def named_datasets(datasets: AnyDataset | dict[str, AnyDataset] | None, name: str) -> dict[str, AnyDataset]:
-    """One dataset as `{name: dataset}`, several as they are, none as an empty dict."""
-    if datasets is None:
-        return {}
-    return datasets if isinstance(datasets, dict) else {name: datasets}
-
-
-def check_dataset_type(dataset: Any, argument: str) -> None:
-    """Raise unless `dataset` is a `Dataset` or `IterableDataset`."""
-    if dataset is None:
-        raise ValueError(f"`{argument}` is missing; pass a datasets.Dataset.")
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(
-            f"`{argument}` must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}; "
-            "datasets.Dataset.from_list makes one of a list of rows."
-        )

@@ -150,17 +150,31 @@ def clone_chat_template(
     Returns:
         The ids of the tokens that are new.
     """
+    return fit_embeddings(model, tokenizer, copy_chat_template(tokenizer, source), multiple_of)
+
+
+def copy_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    """Give a tokenizer the chat template, special tokens and EOS token of another one; return the new tokens."""
     other = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = other.get_chat_template()
     vocabulary = tokenizer.get_vocab()
     added = [token for token in other.added_tokens_decoder.values() if token.content not in vocabulary]
     tokenizer.add_tokens(added)
     tokenizer.eos_token = other.eos_token
+    return [token.content for token in added]
+
+
+def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, new: list[str], multiple_of: int = 64) -> list[int]:
+    """Make a model's embeddings as many as its tokenizer's tokens after `new` ones came, and its EOS token the same.
+
+    Returns:
+        The ids of the new tokens, placeholders for the rounding to `multiple_of` included.
+    """
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.resize_token_embeddings(len(tokenizer.get_vocab()), pad_to_multiple_of=multiple_of)
-    names = [token.content for token in added]
+    names = list(new)
     embeddings: Any = model.get_input_embeddings()
     size = embeddings.weight.shape[0]
     number = 0
@@ -172,17 +186,17 @@ def clone_chat_template(
     return [tokenizer.get_vocab()[name] for name in names]
 
 
-def apply_chat_template_path(model: Any, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
-    """Set the chat template from a Jinja file (`.jinja`, `.j2`), or clone it from another tokenizer, in place.
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> list[str] | None:
+    """Set a tokenizer's chat template from a Jinja file (`.jinja`, `.j2`), or copy it from another tokenizer.
 
     Returns:
-        The ids of tokens that cloning added.
+        The tokens that copying added, which `fit_embeddings` makes room for in the model; None for a file.
     """
-    if path.endswith((".jinja", ".j2")):
-        try:
-            with open(path, encoding="utf-8") as file:
-                tokenizer.chat_template = file.read()
-        except OSError as error:
-            raise ValueError(f"`chat_template_path` is {path!r}, which cannot be read ({error.strerror}).") from error
-        return []
-    return clone_chat_template(model, tokenizer, path)
+    if not path.endswith((".jinja", ".j2")):
+        return copy_chat_template(tokenizer, path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    except OSError as error:
+        raise ValueError(f"`chat_template_path` is {path!r}, which cannot be read ({error.strerror}).") from error
+    return None
