@@ -24,8 +24,8 @@ app = typer.Typer(
 )
 
 _TRAIN = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command(context_settings=_TRAIN)(train.sft)
-app.command(context_settings=_TRAIN)(train.grpo)
+for method in train.METHODS:
+    app.command(context_settings=_TRAIN)(train.command(method))
 if find_spec("outspoken.cli.demo") is not None:
     from outspoken.cli.demo_command import demo
 

@@ -1,6 +1,7 @@
-"""`outspoken sft` and `outspoken grpo`: train from a YAML file and fields on the command line."""
+"""`outspoken sft`, `outspoken dpo` and so on: train from a YAML file and fields on the command line."""
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,26 +18,36 @@ FieldsOption = Annotated[bool, typer.Option("--fields", help="List all settings 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document at the end, nothing else.")]
 
 
-def sft(
-    context: typer.Context, config: ConfigOption = None, fields: FieldsOption = False, json: JsonOption = False
-) -> None:
-    """Supervised fine-tuning: `outspoken sft --config run.yaml --learning_rate 1e-5`.
+# What each training command is for, and an option that a first run needs.
+METHODS = {
+    "sft": ("Supervised fine-tuning", "--learning_rate 1e-5", "the adapter's"),
+    "reward": ("Reward modelling from preferences", "--learning_rate 1e-4", "the adapter's"),
+    "dpo": ("Direct preference optimisation and its relatives", "--loss_type apo_zero", "the adapter's"),
+    "kto": ("Learning from answers that are desirable or not", "--beta 0.1", "the adapter's"),
+    "grpo": (
+        "Group-relative policy optimisation",
+        "--reward_funcs rewards.py:score",
+        "the rewards' and the adapter's",
+    ),
+}
 
-    Every setting of SFTConfig, and the model's, the dataset's and the adapter's, is a line of the YAML file or an
+
+def command(method: str) -> Callable[..., None]:
+    """The command that trains with a method."""
+    title, option, parts = METHODS[method]
+
+    def train(
+        context: typer.Context, config: ConfigOption = None, fields: FieldsOption = False, json: JsonOption = False
+    ) -> None:
+        _train(method, context, config, fields, json)
+
+    train.__name__ = method
+    train.__doc__ = f"""{title}: `outspoken {method} --config run.yaml {option}`.
+
+    Every setting of the trainer's config, and the model's, the dataset's, {parts}, is a line of the YAML file or an
     option `--field value`; the option wins. `--fields` lists them.
     """
-    _train("sft", context, config, fields, json)
-
-
-def grpo(
-    context: typer.Context, config: ConfigOption = None, fields: FieldsOption = False, json: JsonOption = False
-) -> None:
-    """Group-relative policy optimisation: `outspoken grpo --config run.yaml --reward_funcs rewards.py:score`.
-
-    Every setting of GRPOConfig, and the model's, the dataset's, the rewards' and the adapter's, is a line of the YAML
-    file or an option `--field value`; the option wins. `--fields` lists them.
-    """
-    _train("grpo", context, config, fields, json)
+    return train
 
 
 def _train(method: str, context: typer.Context, config: str | None, list_fields: bool, json: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import outspoken
 from outspoken.cli.common import BAD, CommandError, note
 from outspoken.cli.settings import Fields, Given, merged, one_line, place_of, read_arguments, read_yaml
 
@@ -39,6 +40,9 @@ class ModelAndData:
         metadata={"help": "A dataset on disk: a json, jsonl, csv or parquet file, or a folder of `save_to_disk`."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the hub."})
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the dataset while training instead of before; needs max_steps."}
+    )
     dataset_split: str = field(
         default="train", metadata={"help": "The split to train on.", "aliases": ["--dataset_train_split"]}
     )
@@ -64,7 +68,9 @@ class ModelAndData:
     )
     lora_target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt."})
     lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
-    lora_task_type: str = field(default="CAUSAL_LM", metadata={"help": "The adapter's task type."})
+    lora_task_type: str | None = field(
+        default=None, metadata={"help": "The adapter's task type. Unset: CAUSAL_LM, and SEQ_CLS for reward models."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale the adapter by lora_alpha / sqrt(lora_r)."})
     use_dora: bool = field(default=False, metadata={"help": "Adapt direction and magnitude of weights (DoRA)."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Load the base model in 8 bits; needs an adapter."})
@@ -91,15 +97,30 @@ class Rewards:
     )
 
 
+@dataclass
+class Reference:
+    """What the policy is held to, for methods that have a reference model."""
+
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The reference model. Unset: the model as it is before training."}
+    )
+
+
+# Method -> the trainer's class, and what it needs beside model, dataset and config.
+_TRAINERS: dict[str, tuple[str, type | None]] = {
+    "sft": ("SFTTrainer", None),
+    "reward": ("RewardTrainer", None),
+    "dpo": ("DPOTrainer", Reference),
+    "kto": ("KTOTrainer", Reference),
+    "grpo": ("GRPOTrainer", Rewards),
+}
+
+
 def fields_of(method: str) -> Fields:
     """All settings of a training command."""
-    if method == "sft":
-        from outspoken.trainers.sft import SFTConfig
-
-        return Fields(ModelAndData, SFTConfig)
-    from outspoken.trainers.grpo import GRPOConfig
-
-    return Fields(ModelAndData, Rewards, GRPOConfig)
+    trainer, extra = _TRAINERS[method]
+    config = getattr(outspoken, trainer.replace("Trainer", "Config"))
+    return Fields(ModelAndData, *([extra] if extra is not None else []), config)
 
 
 def train(method: str, config_file: str | None, tokens: Sequence[str]) -> dict[str, Any]:
@@ -163,14 +184,13 @@ def _trainer(method: str, built: tuple[Any, ...], given: Sequence[Given], config
     }
     try:
         arguments["quantization_config"] = _quantization(setup)
-        arguments["peft_config"] = _adapter(setup)
-        if method == "sft":
-            from outspoken.trainers.sft import SFTTrainer
-
-            return SFTTrainer(**arguments)
-        from outspoken.trainers.grpo import GRPOTrainer
-
-        return GRPOTrainer(reward_funcs=_reward_functions(built[1], given, where), **arguments)
+        arguments["peft_config"] = _adapter(setup, "SEQ_CLS" if method == "reward" else "CAUSAL_LM")
+        name, extra = _TRAINERS[method]
+        if extra is Rewards:
+            arguments["reward_funcs"] = _reward_functions(built[1], given, where)
+        if extra is Reference and built[1].ref_model_name_or_path is not None:
+            arguments["ref_model"] = _reference_model(built[1].ref_model_name_or_path, config)
+        return getattr(outspoken, name)(**arguments)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("OUTSPOKEN_DEBUG"):
             raise
@@ -207,14 +227,14 @@ def _check_adapter(setup: ModelAndData, given: Sequence[Given]) -> None:
             raise CommandError(f"{g.where}: {g.name} needs an adapter to train; set use_peft: true.")
 
 
-def _adapter(setup: ModelAndData) -> Any:
+def _adapter(setup: ModelAndData, task_type: str) -> Any:
     if not setup.use_peft:
         return None
     from peft import LoraConfig
 
     targets: Any = setup.lora_target_modules
     return LoraConfig(
-        task_type=setup.lora_task_type,
+        task_type=setup.lora_task_type or task_type,
         r=setup.lora_r,
         lora_alpha=setup.lora_alpha,
         lora_dropout=setup.lora_dropout,
@@ -224,6 +244,12 @@ def _adapter(setup: ModelAndData) -> Any:
         use_rslora=setup.use_rslora,
         use_dora=setup.use_dora,
     )
+
+
+def _reference_model(path: str, config: Any) -> Any:
+    from outspoken.trainers.loading import load_model
+
+    return load_model(path, config.model_init_kwargs, trust_remote_code=config.trust_remote_code)
 
 
 def _quantization(setup: ModelAndData) -> Any:
@@ -269,9 +295,11 @@ def _dataset(
 
     try:
         if path:
-            loaded = _from_disk(path, f"{at}{source}")
+            loaded = _from_disk(path, f"{at}{source}", setup.dataset_streaming)
         else:
-            loaded = datasets.load_dataset(name, getattr(setup, f"{prefix}dataset_config"))
+            loaded = datasets.load_dataset(
+                name, getattr(setup, f"{prefix}dataset_config"), streaming=setup.dataset_streaming
+            )
     except CommandError:
         raise
     except Exception as error:  # whatever a file's or a server's content makes the loaders raise
@@ -284,7 +312,7 @@ def _dataset(
     return loaded[split]
 
 
-def _from_disk(path: str, field_name: str) -> Any:
+def _from_disk(path: str, field_name: str, streaming: bool = False) -> Any:
     import datasets
 
     found = Path(path).expanduser()
@@ -292,8 +320,13 @@ def _from_disk(path: str, field_name: str) -> Any:
         raise CommandError(f"{field_name} {path!r} does not exist (looked in {Path.cwd()}).")
     if found.is_dir():
         if (found / "dataset_info.json").exists() or (found / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(found))
-        return datasets.load_dataset(str(found))
+            saved = datasets.load_from_disk(str(found))
+            if not streaming:
+                return saved
+            if isinstance(saved, datasets.Dataset):
+                return saved.to_iterable_dataset()
+            return {name: split.to_iterable_dataset() for name, split in saved.items()}
+        return datasets.load_dataset(str(found), streaming=streaming)
     suffixes = [s for s in found.suffixes if s not in (".gz", ".zst", ".xz", ".bz2")]
     kind = _FILE_FORMATS.get(suffixes[-1].lower() if suffixes else "")
     if kind is None:
@@ -301,7 +334,7 @@ def _from_disk(path: str, field_name: str) -> Any:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # a file that is wrong is told once, by us
     try:
-        return datasets.load_dataset(kind, data_files=str(found))
+        return datasets.load_dataset(kind, data_files=str(found), streaming=streaming)
     finally:
         datasets.logging.set_verbosity(verbosity)
 
