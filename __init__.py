@@ -10,12 +10,17 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _PUBLIC = {
+    "BEMACallback": "outspoken.trainers.callbacks",
     "DiagnosticsCallback": "outspoken.diagnostics.callback",
     "GRPOConfig": "outspoken.trainers.grpo",
     "GRPOTrainer": "outspoken.trainers.grpo",
+    "LogCompletionsCallback": "outspoken.trainers.callbacks",
+    "RichProgressCallback": "outspoken.trainers.callbacks",
     "Run": "outspoken.agent_api",
     "SFTConfig": "outspoken.trainers.sft",
     "SFTTrainer": "outspoken.trainers.sft",
+    "SyncRefModelCallback": "outspoken.trainers.callbacks",
+    "WeaveCallback": "outspoken.trainers.callbacks",
 }
 
 __all__ = [*sorted(_PUBLIC), "__version__"]

@@ -1,0 +1,111 @@
+"""Parameters that are whole, or spread over the processes (FSDP1, FSDP2, DeepSpeed ZeRO-3), seen in one way.
+
+A weight is changed in place on the part of it that a process holds; only what must be whole is gathered.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+
+def local_part(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter, without gradient: all of it, or its share under FSDP and ZeRO-3.
+
+    Writing into it changes the parameter.
+    """
+    if hasattr(parameter, "ds_tensor"):  # DeepSpeed ZeRO-3
+        return parameter.ds_tensor.data
+    if isinstance(parameter, DTensor):  # FSDP2
+        return parameter.to_local().detach()
+    return parameter.detach()  # under FSDP1 this is the process's share
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's parameters are spread over the processes (FSDP, ZeRO-3)."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+        isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters()
+    )
+
+
+def whole(part: Tensor, shape: torch.Size) -> Tensor:
+    """A parameter of this shape from the parts that all processes hold; each must call it.
+
+    FSDP1, FSDP2 and ZeRO-3 all give process r the r-th piece of the flattened parameter; ZeRO-3 pads the last one.
+    """
+    length = math.prod(shape)
+    flat = part.reshape(-1)
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=flat.device)
+    sizes[dist.get_rank()] = flat.numel()
+    dist.all_reduce(sizes)
+    longest, total = int(sizes.max()), int(sizes.sum())
+    if not length <= total < length + longest:
+        raise ValueError(
+            f"The processes hold {total} numbers of a parameter with {length}; only sharding over all processes is "
+            "supported (FULL_SHARD or ZeRO-3, no hybrid sharding)."
+        )
+    padded = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
+    pieces = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(pieces, padded)
+    return torch.cat([piece[:size] for piece, size in zip(pieces, sizes.tolist())])[:length].view(shape)
+
+
+def blend(sources: nn.Module, targets: nn.Module, pairs: Iterable[tuple[Tensor, nn.Parameter]], alpha: float) -> None:
+    """`target <- alpha * source + (1 - alpha) * target`, for pairs of a source's local part and a target's parameter.
+
+    All processes must call it. The models that they belong to are sharded alike, or only the source's is.
+
+    Raises:
+        ValueError: only the target's model is sharded.
+    """
+    gather = is_sharded(sources) and not is_sharded(targets)
+    if is_sharded(targets) and not is_sharded(sources):
+        raise ValueError(
+            "The reference model is sharded over the processes and the trained model is not; shard both or neither."
+        )
+    for part, target in pairs:
+        mine = local_part(target)
+        if gather:
+            part = whole(part, mine.shape)
+        part = part.to(mine.device, mine.dtype)
+        if alpha == 1.0:
+            mine.copy_(part)
+        else:
+            mine.mul_(1.0 - alpha).add_(part, alpha=alpha)
+
+
+def save_whole_model(model: Any, folder: str, main_process: bool) -> None:
+    """`save_pretrained` of a model as it is now, sharded or not; all processes must call it."""
+    inner = unwrapped(model)
+    if not is_sharded(model):
+        if main_process:
+            inner.save_pretrained(folder)
+        return
+    if any(hasattr(p, "ds_tensor") for p in model.parameters()):
+        state: dict[str, Any] = {n: whole(local_part(p), p.ds_shape).cpu() for n, p in inner.named_parameters()}
+        state |= {name: buffer.cpu() for name, buffer in inner.state_dict().items() if name not in state}
+    else:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if main_process:
+        inner.save_pretrained(folder, state_dict=state)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside a DDP, FSDP1 or DeepSpeed wrapper."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
