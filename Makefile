@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JOBS ?= 2
 
-.PHONY: install demo test test-all lint types format bench docs clean
+.PHONY: install demo test test-all lint types format bench docs surface clean
 
 install: $(VENV)/.base $(VENV)/.dev
 
@@ -51,3 +51,7 @@ clean:
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_rules.py
+
+# After a wanted change of public names, arguments or defaults.
+surface: $(VENV)/.dev
+	$(BIN)/python docs/make_surface.py

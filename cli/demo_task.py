@@ -62,6 +62,27 @@ def solved_examples(n: int, seed: int, careless: float = 0.7) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def compared_examples(n: int, seed: int) -> Dataset:
+    """Sums with two answers each: the working written out, which is chosen, and a guess, which is rejected."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        prompt, solution = problem(rng)
+        guess = f"?+?=??;??+?={rng.randrange(3 * HIGHEST + 1)}"
+        rows.append({"prompt": prompt, "chosen": solution + END, "rejected": guess + END})
+    return Dataset.from_list(rows)
+
+
+def rated_examples(n: int, seed: int) -> Dataset:
+    """Sums with one answer each, labelled true where the working is written out and false where it is a guess."""
+    rng = random.Random(seed)
+    rows = []
+    for row in compared_examples(n, seed):
+        liked = rng.random() < 0.5
+        rows.append({"prompt": row["prompt"], "completion": row["chosen" if liked else "rejected"], "label": liked})
+    return Dataset.from_list(rows)
+
+
 def problems(n: int, seed: int) -> Dataset:
     rng = random.Random(seed)
     pairs = [problem(rng) for _ in range(n)]
