@@ -1,0 +1,316 @@
+"""Prompts that a chosen and a rejected answer share, computed once.
+
+Plain, a pair is two rows, `prompt chosen` and `prompt rejected`. Shared, it is one row: the beginning that both have in
+common but for its last token, then two branches that both begin with that token.
+
+    plain    p0 p1 p2 c0 c1            shared   p0 p1 | p2 c0 c1 | p2 r0
+             p0 p1 p2 r0               position  0  1    2  3  4    2  3
+
+A branch sees what is common and itself, not the other branch, and its positions go on from what is common: every token
+finds the context and the position it has in a row of its own, so its scores and gradients are the same. The repeated
+token predicts each branch's first answer token, so labels are still shifted by one place only.
+
+Axis letters: `B` pairs, `T` tokens of a row, `R` rows of a batch, `A` answers (2B, the chosen ones first), `C` tokens of
+the longest answer.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from outspoken.trainers.logprobs import IGNORE_INDEX
+
+# Prompts are shared where that leaves less than this share of the plain batch's tokens, padding included.
+MAX_TOKEN_SHARE = 0.9
+
+_SHARED_KEYS = {"input_ids", "attention_mask", "completion_mask"}
+# What configs call the number of tokens that attention reaches back.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+_CHOSEN, _REJECTED, _PADDING = 1, 2, 3  # parts of a shared row, beside 0 for what both have in common
+
+
+@dataclass
+class AnswerBatch:
+    """A batch for the model, and where in its scores every answer lies: the same for both ways to lay out a pair.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, without labels.
+        labels: (R, T), -100 off the answers.
+        rows, columns: (A, C), where in scores of shape (R, T - 1), as `label_scores` returns them, each answer's tokens
+            lie, from the first on.
+        mask: (A, C), True where an answer has a token.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    rows: Tensor
+    columns: Tensor
+    mask: Tensor
+
+    def take(self, values: Tensor) -> Tensor:
+        """The values of the answers' tokens, (A, C), 0 where `mask` is False; differentiable.
+
+        Args:
+            values: (R, T - 1) as `label_scores` returns them, or (R, T - 1 + P) with P virtual tokens of prompt
+                learning in front.
+        """
+        virtual = values.size(1) - (self.labels.size(1) - 1)
+        taken = values[self.rows, self.columns + virtual]
+        return torch.where(self.mask, taken, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def plain_batch(inputs: Mapping[str, Any]) -> AnswerBatch:
+    """Two rows a pair, as they are.
+
+    Args:
+        inputs: `input_ids`, `attention_mask` and `completion_mask`, each (2B, T), padded on the right, the chosen rows
+            first. Other entries go to the model.
+    """
+    ids, scored = inputs["input_ids"], _scored(inputs)
+    start, end = _span(scored)
+    length = int((end - start).max())
+    columns, mask = _places(scored, start, end, length, torch.zeros_like(start))
+    return AnswerBatch(
+        inputs={key: value for key, value in inputs.items() if key != "completion_mask"},
+        labels=ids.masked_fill(~scored, IGNORE_INDEX),
+        rows=torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(columns),
+        columns=columns,
+        mask=mask,
+    )
+
+
+def shared_batch(
+    inputs: Mapping[str, Any], pad_token_id: int, *, mask_dtype: torch.dtype | None = None
+) -> AnswerBatch | None:
+    """One row a pair, its common beginning once; or None, where the plain batch is to be used.
+
+    That is where less than a tenth of the tokens would be saved (`MAX_TOKEN_SHARE`; prompts that differ save nothing),
+    and where the model gets more than tokens, such as images.
+
+    Args:
+        inputs: as for `plain_batch`.
+        mask_dtype: None for a boolean attention mask; `mask_dtype_of(model)` knows.
+    """
+    if any(isinstance(value, Tensor) for key, value in inputs.items() if key not in _SHARED_KEYS):
+        return None
+    ids, scored = inputs["input_ids"], _scored(inputs)
+    pairs = len(ids) // 2
+    start, end = _span(scored)
+    lengths = inputs["attention_mask"].sum(1)
+    # Both branches begin with a token before the answer, which predicts the answer's first.
+    before = torch.where(end > start, start, lengths) - 1
+    common = common_length(ids, lengths, limit=torch.minimum(before[:pairs], before[pairs:]))
+    width, length = torch.stack([shared_width(lengths, common), (end - start).max()]).tolist()  # one transfer
+    if not saves_enough(width, ids):
+        return None
+    rows, source, part = merge_rows(ids, lengths, common, width, pad_token_id)
+    scored_here = _merge(scored, source, part) & (part != _PADDING)
+    shift = torch.cat([torch.zeros_like(common), lengths[:pairs] - common])
+    columns, mask = _places(scored, start, end, length, shift)
+    return AnswerBatch(
+        inputs={
+            **{key: value for key, value in inputs.items() if key not in _SHARED_KEYS},
+            **rows,
+            "attention_mask": attention_mask(part, mask_dtype),
+        },
+        labels=rows["input_ids"].masked_fill(~scored_here, IGNORE_INDEX),
+        rows=(torch.arange(2 * pairs, device=ids.device) % pairs).unsqueeze(1).expand_as(columns),
+        columns=columns,
+        mask=mask,
+    )
+
+
+def common_length(ids: Tensor, lengths: Tensor, limit: Tensor) -> Tensor:
+    """How many leading tokens the two rows of each pair share, at most `limit` and never a whole row: (B,).
+
+    Args:
+        ids: (2B, T), padded on the right, chosen rows first. lengths: (2B,). limit: (B,).
+    """
+    pairs = len(ids) // 2
+    equal = (ids[:pairs] == ids[pairs:]).cumprod(1).sum(1)
+    shortest = torch.minimum(lengths[:pairs], lengths[pairs:])
+    return torch.minimum(torch.minimum(equal, limit), shortest - 1).clamp(min=0)
+
+
+def shared_width(lengths: Tensor, common: Tensor) -> Tensor:
+    """Tokens of the longest row when the first `common` (B,) tokens of each pair stand there once: a scalar."""
+    pairs = len(common)
+    return (lengths[:pairs] + lengths[pairs:] - common).max()
+
+
+def saves_enough(width: int, ids: Tensor) -> bool:
+    """Whether B rows of `width` tokens are worth it instead of the 2B rows of `ids` (2B, T)."""
+    return width < MAX_TOKEN_SHARE * 2 * ids.size(1)
+
+
+def merge_rows(
+    ids: Tensor, lengths: Tensor, common: Tensor, width: int, pad_token_id: int
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Lay out each pair in one row of `width` tokens: what is common, the rest of the chosen row, of the rejected row.
+
+    Args:
+        ids: (2B, T), padded on the right, chosen rows first. lengths: (2B,). common: (B,), from `common_length`.
+
+    Returns:
+        `input_ids` and `position_ids`, (B, width); the column of the plain row each token comes from; and the part of
+        the row it belongs to.
+    """
+    pairs = len(common)
+    column = torch.arange(width, device=ids.device).expand(pairs, width)
+    chosen, total = lengths[:pairs, None], (lengths[:pairs] + lengths[pairs:] - common)[:, None]
+    common = common[:, None]
+    part = torch.full_like(column, _PADDING)
+    part = torch.where(column < total, _REJECTED, part)
+    part = torch.where(column < chosen, _CHOSEN, part)
+    part = torch.where(column < common, 0, part)
+    source = torch.where(column < chosen, column, column - chosen + common)
+    source = torch.where(column < total, source, 0)
+    merged = _merge(ids, source, part)
+    merged = torch.where(part == _PADDING, pad_token_id, merged)
+    return {"input_ids": merged, "position_ids": source}, source, part
+
+
+def attention_mask(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Who sees whom in shared rows: (B, 1, T, T), True (or 0) where the token of a row sees that of a column.
+
+    A token sees what stands before it in the common part and in its own branch, and itself, padding included: so no
+    row of the softmax is empty.
+
+    Args:
+        part: (B, T), from `merge_rows`.
+        dtype: of a mask that is added to the attention's logits; None for a boolean one.
+    """
+    position = torch.arange(part.size(1), device=part.device)
+    sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    sees = (sees & (position[:, None] >= position)).unsqueeze(1)
+    if dtype is None:
+        return sees
+    return torch.zeros(sees.shape, dtype=dtype, device=part.device).masked_fill(~sees, torch.finfo(dtype).min)
+
+
+def mask_dtype_of(model: Any) -> torch.dtype | None:
+    """What attention mask the model takes: None for a boolean one (sdpa), else the dtype of one to be added (eager)."""
+    return None if _attention(model) == "sdpa" else model.dtype
+
+
+def _scored(inputs: Mapping[str, Any]) -> Tensor:
+    """(2B, T) bool, where an answer's token is that some token before it predicts."""
+    scored = inputs["completion_mask"].bool() & inputs["attention_mask"].bool()
+    scored[:, :1] = False
+    return scored
+
+
+def _span(scored: Tensor) -> tuple[Tensor, Tensor]:
+    """First column of each row's answer and the one after its last, both (2B,); 0 and 0 for none."""
+    position = torch.arange(scored.size(1), device=scored.device)
+    start = torch.where(scored, position, scored.size(1)).amin(1)
+    end = torch.where(scored, position + 1, 0).amax(1)
+    return torch.minimum(start, end), end
+
+
+def _places(scored: Tensor, start: Tensor, end: Tensor, length: int, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """`columns` and `mask` of an `AnswerBatch`, for rows that stand `shift` (A,) places further right."""
+    column = start[:, None] + torch.arange(length, device=scored.device)
+    inside = column < end[:, None]
+    column = torch.where(inside, column, 1)
+    mask = inside & scored.gather(1, column) if length else inside
+    return torch.where(inside, column - 1 + shift[:, None], 0), mask
+
+
+def _merge(values: Tensor, source: Tensor, part: Tensor) -> Tensor:
+    """Values of plain rows (2B, T) laid out like the tokens of shared rows (B, T'); those of padding are arbitrary."""
+    pairs = len(source)
+    return torch.where(part == _REJECTED, values[pairs:].gather(1, source), values[:pairs].gather(1, source))
+
+
+# ------------------------------------------------------------------------------------------- models that allow it
+
+
+def why_not_shared(model: Any, max_length: int | None = None) -> str | None:
+    """Why this model's prompts cannot be shared, in a phrase; None if they can.
+
+    Told from the config, then tried: a pair of few tokens goes through the model both ways. Models whose weights are
+    spread over processes are not tried.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel`, not wrapped for distributed training.
+        max_length: longest row that will come, against which attention windows are held; None for any.
+    """
+    return _why_not_by_config(model, max_length) or (None if _sharded(model) else _why_not_by_trial(model))
+
+
+def _why_not_by_config(model: Any, max_length: int | None) -> str | None:
+    base = model.get_base_model() if is_peft_model(model) else model
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        return "the adapter puts virtual tokens in front"
+    if any(getattr(model.config, f"{kind}_config", None) is not None for kind in ("vision", "audio")):
+        return "the model takes more than text"
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return f"{type(base).__name__} takes no position ids"
+    config = model.config.get_text_config()
+    if _attention(model) not in ("sdpa", "eager"):
+        return f"the attention {_attention(model)!r} takes no mask of pairs of tokens; 'sdpa' and 'eager' do"
+    if getattr(config, "output_router_logits", False):
+        return "the router's loss counts every token of the batch"
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if other:
+        return f"it has layers of the kind {min(other)!r}"
+    windows = []
+    if kinds != {"full_attention"} and getattr(config, "use_sliding_window", True) is not False:
+        windows = [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
+    if windows and (max_length is None or max_length > min(windows)):
+        return f"its attention reaches back {min(windows)} tokens only, and rows may be longer"
+    return None
+
+
+@torch.no_grad()
+def _why_not_by_trial(model: Any) -> str | None:
+    """Compare the last hidden states of tokens in rows of their own and in a shared row."""
+    embeddings = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
+    tokens = torch.randint(embeddings.weight.size(0), (2, 12), generator=generator)
+    tokens[1, :6] = tokens[0, :6]
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.tensor([[1] * 10 + [0] * 2, [1] * 12]),
+        "completion_mask": torch.tensor([[0] * 6 + [1] * 6] * 2),
+    }
+    inputs = {key: value.to(embeddings.weight.device) for key, value in inputs.items()}
+    plain, shared = plain_batch(inputs), shared_batch(inputs, 0, mask_dtype=mask_dtype_of(model))
+    assert shared is not None
+    training = model.training
+    model.eval()
+    try:
+        hidden = [
+            model(**batch.inputs, use_cache=False, output_hidden_states=True)
+            .hidden_states[-1][:, :-1]
+            .float()[batch.rows, batch.columns][batch.mask]
+            for batch in (plain, shared)
+        ]
+    except Exception as error:  # whatever a model of someone else's does with a mask it was not made for
+        return f"it fails on a mask of pairs of tokens ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    finally:
+        model.train(training)
+    # The mean forgives one token that a router sends elsewhere for a rounding error.
+    difference = (hidden[0] - hidden[1]).norm(dim=-1).mean() / hidden[0].norm(dim=-1).mean()
+    precise = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    if not difference <= (1e-5 if precise else 5e-2):
+        return f"its hidden states would differ by {difference:.1e} of their size"
+    return None
+
+
+def _attention(model: Any) -> str:
+    return getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether this process holds a part of the weights only (ZeRO-3, FSDP, tensor parallelism), or none yet."""
+    return any(
+        p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") or type(p).__name__ == "DTensor" for p in model.parameters()
+    )
