@@ -8,7 +8,6 @@ tokens, `K` reward functions.
 """
 
 import contextlib
-import copy
 import inspect
 import logging
 import math
@@ -44,6 +43,7 @@ from outspoken.trainers.config import OutspokenConfig, as_config, live_field, li
 from outspoken.trainers.data.formats import column_names, is_messages
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores
 from outspoken.trainers.losses import policy
+from outspoken.trainers.reference import make_reference, prepare_reference, reference_policy
 from outspoken.trainers.rewards import call_reward_functions, callable_name, checked_rewards
 from outspoken.trainers.rollouts.batch import RolloutBatch, pad_ids
 from outspoken.trainers.rollouts.sampler import RepeatSampler, repeat_stream
@@ -389,7 +389,6 @@ class GRPOTrainer(Trainer):
 
         # Adapters are initialised at random, hence the seed before they are made.
         set_seed(args.seed)
-        path = model if isinstance(model, str) else None
         model_init_kwargs: Any = args.model_init_kwargs
         load: dict[str, Any] = {
             "model_init_kwargs": model_init_kwargs,
@@ -398,19 +397,15 @@ class GRPOTrainer(Trainer):
         }
         processing = prepare_processing(model, args, processing_class, trainer="GRPOTrainer")
         tokenizer = processing.tokenizer
+        source = model
         model = loading.load_model(model, **load)
         loading.tell_model(model, tokenizer)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
-
+        model = loading.wrap_with_peft(model, peft_config, args)
         # The reference is the policy as it is now; an adapter's is reached by switching the adapter.
         self.ref_model: Any = None
         if args.beta != 0.0:
-            if is_peft_model(model):
-                _add_reference_adapter(model)
-            elif peft_config is None:
-                self.ref_model = loading.load_model(path, **load) if path else copy.deepcopy(model)
-                self.ref_model.requires_grad_(False)
-        model = loading.wrap_with_peft(model, peft_config, args)
+            self.ref_model = make_reference(model, source, args, quantization_config)
         for prepared in [model] if self.ref_model is None else [model, self.ref_model]:
             if args.disable_dropout:
                 disable_dropout(prepared)
@@ -434,7 +429,7 @@ class GRPOTrainer(Trainer):
             optimizers=optimizers,
         )
         if self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.ref_model = prepare_reference(self.ref_model, self.accelerator, self)
         self._set_reward_functions(reward_funcs, reward_processing_classes)
 
         # The completions of the latest generation batch, column by column, for the completions table.
@@ -805,15 +800,13 @@ class GRPOTrainer(Trainer):
         return torch.cat(parts)
 
     def _reference_logps(self, batch: RolloutBatch) -> Tensor:
-        if self.ref_model is not None:
-            return self._logps_without_grad(self.ref_model, batch)
-        if not is_peft_model(self.model):
+        if self.ref_model is None and not is_peft_model(self.model):
             raise ValueError(
                 f"beta is {self.args.beta}, but the run started with beta=0 and holds no reference model; start a new "
                 "run with beta set."
             )
-        with _reference_adapter(self.accelerator.unwrap_model(self.model)):
-            return self._logps_without_grad(self.model, batch)
+        with reference_policy(self) as model:
+            return self._logps_without_grad(model, batch)
 
     # The loss
 
@@ -1129,29 +1122,3 @@ def _cast_head_to_fp32(model: Any) -> None:
     head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
     if base.config.tie_word_embeddings:
         base.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
-
-
-def _add_reference_adapter(model: Any) -> None:
-    """Keep a frozen copy of the adapter the run starts from, named "ref"."""
-    active = model.active_adapter
-    model.add_adapter("ref", model.peft_config[active])
-    for name, parameter in model.named_parameters():
-        if f".{active}." in name:
-            copied = model.get_parameter(name.replace(f".{active}.", ".ref."))
-            copied.data.copy_(parameter.data)
-            copied.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _reference_adapter(model: "PeftModel"):
-    """While open, the model is its own reference: the "ref" adapter if there is one, else no adapter."""
-    if "ref" not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    active = model.active_adapter
-    model.set_adapter("ref")
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
