@@ -114,6 +114,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Sums are exact beyond float32; rows of unequal number, also none, stand in the order of the ranks."""
     (tmp_path / "two.py").write_text(textwrap.dedent(TWO))

@@ -384,6 +384,34 @@ def test_measurements_are_handed_over(build):
     assert trainer.recorder.facts["data/longest"] == 4
 
 
+def test_cut_rows_and_rows_that_end_are_counted(build, tiny_tokenizer):
+    """Of three rows of 4 tokens one was cut; a fourth has no token with loss, and so no end to learn."""
+    eos = tiny_tokenizer.eos_token_id
+    rows = [
+        {"input_ids": [5, 6, 7, eos]},
+        {"input_ids": [5, 6, 7, 8, eos]},
+        {"input_ids": [5, 6, 7, eos], "labels": [-100, 6, 7, -100]},
+        {"input_ids": [5, 6, eos], "labels": [5, -100, -100]},
+    ]
+    settings = {"max_steps": 1, "max_length": 4, "per_device_train_batch_size": 4}
+    rows = [{"labels": row["input_ids"], **row} for row in rows]
+    trainer = build(rows, settings)
+    trainer.train()
+    taken = trainer.recorder.take().signals
+    assert (taken["samples/truncated"], taken["samples/truncated#n"]) == (1 / 4, 4)
+    assert (taken["samples/supervised_eos"], taken["samples/supervised_eos#n"]) == (1 / 3, 3)
+
+    unlimited = build(rows, settings | {"max_length": None})
+    unlimited.train()
+    taken = unlimited.recorder.take().signals
+    assert taken["samples/truncated"] == 0
+    assert taken["samples/supervised_eos"] == 2 / 3  # the second row keeps its end
+
+    prepared = build(rows, settings | {"dataset_kwargs": {"skip_prepare_dataset": True}})
+    prepared.train()
+    assert "samples/truncated" not in prepared.recorder.take().signals  # nobody knows what was cut before
+
+
 def test_batch_without_labels_is_a_finite_zero(build):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 2
     trainer = build(rows, {"max_steps": 1, "max_length": None, "weight_decay": 0.0})

@@ -6,6 +6,7 @@ log-probabilities come from a forward pass that never builds the full logits (`l
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.supervised import SupervisedFormat, prepare_supervised
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses.supervised import dft_loss, nll_loss, smoothed_nll_loss
+from outspoken.trainers.measuring import end_token_ids, ends_with, sum_over_processes
 from outspoken.trainers.setup import (
     AnyDataset,
     Datasets,
@@ -277,6 +279,7 @@ class SFTTrainer(Trainer):
             )
         processing = prepare_processing(model, args, processing_class, trainer="SFTTrainer")
         tokenizer = processing.tokenizer
+        self._end_tokens = end_token_ids(tokenizer)
         if args.assistant_only_loss and not trains_to_stop(tokenizer):
             logger.warning(
                 "With this chat template, `assistant_only_loss=True` puts no loss on the token that ends the "
@@ -402,33 +405,47 @@ class SFTTrainer(Trainer):
         """Collect the metrics of a micro-batch, summed over all processes, in one transfer from the device."""
         training = self.model.training
         supervised = scores.mask.sum(1)  # (B,)
-        present = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        values = [
-            supervised.sum(),
-            scores.entropy.sum(),
-            scores.is_top1.sum(),
-            present,
-            (supervised == 0).sum(),
-            len(supervised),
-            outputs.aux_loss if self.aux_loss_enabled else 0.0,
-        ]
-        local = torch.stack([torch.as_tensor(value, device=scores.logps.device).float() for value in values])
-        totals = self.accelerator.gather(local).view(-1, len(values))
-        num_processes = len(totals)
-        labels, entropy, correct, tokens, rows_without, rows, aux_loss = totals.sum(0).tolist()
-
+        labels = shift_labels(inputs["labels"], scores.mask.size(1) + 1)
+        found = sum_over_processes(
+            self.accelerator,
+            scores.logps.device,
+            labels=supervised.sum(),
+            entropy=scores.entropy.sum(),
+            correct=scores.is_top1.sum(),
+            tokens=inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel(),
+            rows=len(supervised),
+            rows_without=(supervised == 0).sum(),
+            rows_ended=ends_with(labels, scores.mask, self._end_tokens).sum(),
+            rows_cut=self._rows_cut(inputs),
+            aux_loss=outputs.aux_loss if self.aux_loss_enabled else 0.0,
+        )
         metrics = self._metrics["train" if training else "eval"]
-        if labels > 0:
-            metrics["entropy"].append(entropy / labels)
-            metrics["mean_token_accuracy"].append(correct / labels)
+        if found["labels"] > 0:
+            metrics["entropy"].append(found["entropy"] / found["labels"])
+            metrics["mean_token_accuracy"].append(found["correct"] / found["labels"])
         if self.aux_loss_enabled:
-            metrics["aux_loss"].append(aux_loss / num_processes)
+            metrics["aux_loss"].append(found["aux_loss"] / self.accelerator.num_processes)
         if training:
             if self.args.include_num_input_tokens_seen == "no":  # else `Trainer` counts
-                self.state.num_input_tokens_seen += int(tokens)
-            self.recorder.count("samples/no_supervised", rows_without, rows)
-            self.recorder.count("tokens/supervised_share", labels, tokens)
+                self.state.num_input_tokens_seen += int(found["tokens"])
+            rows = found["rows"]
+            self.recorder.count("samples/no_supervised", found["rows_without"], rows)
+            self.recorder.count("tokens/supervised_share", found["labels"], found["tokens"])
+            self.recorder.count("samples/supervised_eos", found["rows_ended"], rows - found["rows_without"])
+            if not math.isnan(found["rows_cut"]):
+                self.recorder.count("samples/truncated", found["rows_cut"], rows)
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+
+    def _rows_cut(self, inputs) -> Tensor | float:
+        """Rows of `max_length` tokens without an end token at their end; NaN where the end does not tell."""
+        args = self.args
+        if args.max_length is None or args.truncation_mode != "keep_start" or self._skip_prepare_dataset:
+            return 0.0 if args.max_length is None else math.nan
+        if "attention_mask" not in inputs:
+            return math.nan
+        present = inputs["attention_mask"]
+        full = present.sum(1) >= args.max_length
+        return (full & ~ends_with(inputs["input_ids"], present, self._end_tokens)).sum()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch, and its logits and labels only if metrics are computed from them."""
