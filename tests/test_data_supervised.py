@@ -230,7 +230,8 @@ def test_cloned_chat_template_equals_trl(tmp_path, tiny_tokenizer_factory, tiny_
     source.eos_token = "<turn>"
     source.save_pretrained(tmp_path)
     model, tokenizer = tiny_model_factory(), tiny_tokenizer_factory()
-    added = clone_chat_template(model, tokenizer, str(tmp_path))
+    same_model, same_tokenizer, added = clone_chat_template(model, tokenizer, str(tmp_path))
+    assert same_model is model and same_tokenizer is tokenizer
     their_model, their_tokenizer, their_added = trl.clone_chat_template(
         tiny_model_factory(), tiny_tokenizer_factory(), str(tmp_path)
     )

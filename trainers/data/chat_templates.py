@@ -2,19 +2,134 @@
 
 import logging
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+
+from outspoken.trainers.data.formats import common_prefix_length, is_conversational, prepare_multimodal_messages
 
 logger = logging.getLogger(__name__)
+
+Processing = PreTrainedTokenizerBase | ProcessorMixin
+
+# The columns that `apply_chat_template` renders, by kind of dataset.
+_CONVERSATIONAL = (
+    {"messages"},
+    {"prompt"},
+    {"prompt", "completion"},
+    {"prompt", "chosen", "rejected"},
+    {"chosen", "rejected"},
+    {"prompt", "completion", "label"},
+)
+
+
+def apply_chat_template(
+    example: Mapping[str, Any],
+    processing_class: Processing,
+    tools: list[dict | Callable] | None = None,
+    **template_kwargs: Any,
+) -> dict[str, Any]:
+    """Render the conversations of a row as text: `messages` as `text`, every other column under its own name.
+
+    A prompt that ends with a user or a tool gets the generation prompt; one that ends with the assistant is left open,
+    to be continued. Answers are what the rendering of prompt and answer adds to the prompt; where the template renders
+    the prompt alone differently, the prompt ends where the renderings part.
+
+    Args:
+        example: a row with `messages`, `prompt`, `prompt` and `completion` (and `label`), or `chosen` and `rejected`
+            with or without `prompt`. Its `chat_template_kwargs` go to the template.
+        tools: functions, or JSON schemas of functions, that the template may describe to the model.
+        template_kwargs: further variables of the template.
+
+    Raises:
+        KeyError: the row has other columns of these.
+        ValueError: the prompt's last message is of another role.
+    """
+    columns = {*example} & set().union(*_CONVERSATIONAL)
+    if columns not in _CONVERSATIONAL:
+        raise KeyError(
+            f"The row has {', '.join(map(repr, sorted(columns))) or 'no messages'}, which is no kind of dataset; it "
+            "needs 'messages', 'prompt' (with 'completion', or 'chosen' and 'rejected'), or 'chosen' and 'rejected'."
+        )
+    # Llama's template renders an introduction to no tools for an empty list.
+    kwargs = {"tools": tools or None, **(example.get("chat_template_kwargs") or {}), **template_kwargs}
+
+    def render(messages: Any, **more: Any) -> str:
+        return str(processing_class.apply_chat_template(messages, tokenize=False, **{**kwargs, **more}))
+
+    if "messages" in example:
+        return {"text": render(example["messages"])}
+    answers = [column for column in ("chosen", "rejected", "completion") if column in example]
+    output: dict[str, Any] = {}
+    if "prompt" in example:
+        role = example["prompt"][-1]["role"]
+        if role not in ("user", "tool", "assistant"):
+            raise ValueError(
+                f"The prompt's last message has the role {role!r}; end prompts with a message of the user, a tool or "
+                "the assistant."
+            )
+        opened = role == "assistant"
+        prompt = render(example["prompt"], add_generation_prompt=not opened, continue_final_message=opened)
+        rendered = [render([*example["prompt"], *example[answer]]) for answer in answers]
+        # Templates that begin the reply for the model (`<think>`) need not do so where the reply is known.
+        for text in rendered:
+            prompt = prompt[: common_prefix_length(prompt, text)]
+        output = {"prompt": prompt, **{answer: text[len(prompt) :] for answer, text in zip(answers, rendered)}}
+    else:
+        output = {answer: render(example[answer]) for answer in answers}
+    if "label" in example:
+        output["label"] = example["label"]
+    return output
+
+
+def maybe_apply_chat_template(
+    example: dict[str, Any],
+    processing_class: Processing,
+    tools: list[dict | Callable] | None = None,
+    **template_kwargs: Any,
+) -> dict[str, Any]:
+    """`apply_chat_template` for a row with conversations; other rows as they are."""
+    if is_conversational(example):
+        return apply_chat_template(example, processing_class, tools, **template_kwargs)
+    return example
+
+
+def default_template(processing_class: Processing) -> str | None:
+    """The chat template that is used unless another is asked for: the only one, or the one called "default"."""
+    template = processing_class.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def supports_tool_calling(processing_class: Processing) -> bool:
+    """Whether the chat template renders all of a tool call: its name, its arguments, and the tool's answer."""
+    if default_template(processing_class) is None:
+        return False
+    name, argument, value, answer = "probe_name_7c1", "probe_argument_7c2", "probe_value_7c3", "probe_answer_7c4"
+    # Arguments are an object; some templates (DeepSeek-V3) can only put them together from text.
+    for arguments in ({argument: value}, f'{{"{argument}": "{value}"}}'):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": name, "content": answer},
+        ]
+        if isinstance(processing_class, ProcessorMixin):
+            messages = prepare_multimodal_messages(messages)
+        try:
+            text = str(processing_class.apply_chat_template(messages, tokenize=False))
+        except TemplateError:  # roles or contents of this kind are refused
+            return False
+        except TypeError:
+            continue
+        return all(part in text for part in (name, argument, value, answer))
+    return False
 
 
 def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's (default) chat template marks the assistant's words with `{% generation %}`."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    template = default_template(tokenizer)
     return template is not None and re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
 
@@ -136,21 +251,25 @@ def trains_to_stop(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def clone_chat_template(
-    model: Any, tokenizer: PreTrainedTokenizerBase, source: str, multiple_of: int = 64
-) -> list[int]:
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    source_tokenizer_path: str,
+    resize_to_multiple_of: int | None = 64,
+) -> tuple[Any, PreTrainedTokenizerBase, list[int]]:
     """Give a model and its tokenizer the chat template, special tokens and EOS token of another tokenizer, in place.
 
-    The embeddings grow to the new vocabulary, rounded up to `multiple_of`; the tokenizer gets placeholder tokens for
-    the rounding, so that both have the same size.
+    The embeddings grow to the new vocabulary, rounded up to `resize_to_multiple_of` (None: not rounded); the tokenizer
+    gets placeholder tokens for the rounding, so that both have the same size.
 
     Args:
         model: a `PreTrainedModel` or `PeftModel`.
-        source: path or hub name of the tokenizer to take them from.
+        source_tokenizer_path: path or hub name of the tokenizer to take them from.
 
     Returns:
-        The ids of the tokens that are new.
+        The model, the tokenizer, and the ids of the tokens that are new.
     """
-    return fit_embeddings(model, tokenizer, copy_chat_template(tokenizer, source), multiple_of)
+    new = copy_chat_template(tokenizer, source_tokenizer_path)
+    return model, tokenizer, fit_embeddings(model, tokenizer, new, resize_to_multiple_of)
 
 
 def copy_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
@@ -164,7 +283,9 @@ def copy_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> list[
     return [token.content for token in added]
 
 
-def fit_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, new: list[str], multiple_of: int = 64) -> list[int]:
+def fit_embeddings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, new: list[str], multiple_of: int | None = 64
+) -> list[int]:
     """Make a model's embeddings as many as its tokenizer's tokens after `new` ones came, and its EOS token the same.
 
     Returns:

@@ -17,7 +17,7 @@ from outspoken.trainers.data.formats import (
     column_names,
     common_prefix_length,
     first_row,
-    is_from_value,
+    is_conversational_from_value,
     is_messages,
     messages_from_value,
     where,
@@ -158,7 +158,7 @@ def row_source(
         source = "prompt"
     elif "messages" in columns:
         source = "messages"
-    elif is_from_value(row) or is_messages(row.get("conversations")):
+    elif is_conversational_from_value(row) or is_messages(row.get("conversations")):
         source = "conversations"
     elif how.text_column in columns:
         source = "text"
@@ -227,7 +227,7 @@ def supervised_row(
             ids, mask, mismatch = _prompt_completion(row, index, tokenizer, how, name)
         else:
             turns = row[source]
-            if source == "conversations" and is_from_value(row):
+            if source == "conversations" and is_conversational_from_value(row):
                 turns = messages_from_value(turns)
             ids, mask = _conversation(
                 check_messages(turns, name, index, source), row, index, source, tokenizer, how, name
