@@ -4,14 +4,15 @@ Names, fields and defaults are TRL 1.16's.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from transformers import BitsAndBytesConfig, HfArgumentParser
@@ -187,6 +188,14 @@ class ScriptParser(HfArgumentParser):
                 )
         super().__init__(dataclass_types, **kwargs)
 
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        optional = type(None) in get_args(field.type)
+        HfArgumentParser._parse_dataclass_field(parser, field)
+        action = parser._option_string_actions[f"--{field.name}"]
+        if optional and action.nargs is None and isinstance(action.type, type) and action.type is not str:
+            action.type = _or_none(action.type)
+
     def parse_args_and_config(
         self,
         args: Iterable[str] | None = None,
@@ -230,6 +239,16 @@ class ScriptParser(HfArgumentParser):
 
 
 TrlParser = ScriptParser
+
+
+def _or_none(convert: type) -> Callable[[str], Any]:
+    """`convert`, but "none" and "null" on the command line give None."""
+
+    def parse(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else convert(text)
+
+    parse.__name__ = convert.__name__  # argparse's messages name it
+    return parse
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any]) -> set[str]:
