@@ -134,10 +134,9 @@ def test_answers_far_from_the_reference_give_finite_losses_and_gradients():
 
 
 def test_length_and_positive_terms():
-    lengths = torch.tensor([10, 3]), torch.tensor([4, 5])
-    close(losses.length_margin(*lengths, 0.02, 0.1).double(), [0.02 / 0.1 * 6, 0.02 / 0.1 * -2])
+    close(losses.length_margin(tensor([10.0, 3.0]), tensor([4.0, 5.0]), 0.02, 0.1), [0.2 * 6, 0.2 * -2])
     # R-DPO: sigmoid(beta margin + alpha (|y_w| - |y_l|))
-    margin = tensor([1.5]) + losses.length_margin(torch.tensor([10.0]), torch.tensor([4.0]), 0.02, 0.1).double()
+    margin = tensor([1.5]) + losses.length_margin(tensor([10.0]), tensor([4.0]), 0.02, 0.1)
     close(losses.sigmoid_loss(margin, 0.1), [-log(s(0.1 * 1.5 + 0.02 * 6))])
     close(losses.dpop_penalty(tensor([2.0, -0.5]), 5.0), [0.0, 2.5])
 
@@ -169,5 +168,5 @@ def test_wpo_weights():
 
 
 def test_exo_needs_smoothing():
-    with pytest.raises(ValueError, match="`label_smoothing` is 0.0, but 'exo_pair' needs it above 0"):
+    with pytest.raises(ValueError, match=r"`label_smoothing` is 0\.0, but 'exo_pair' needs it above 0"):
         losses.exo_pair_loss(tensor(MARGINS), BETA, 0.0)

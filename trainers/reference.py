@@ -62,7 +62,7 @@ def make_reference(
         ValueError: the model can neither be copied nor loaded again.
     """
     if is_peft_model(model):
-        config = model.peft_config[model.active_adapter]
+        config = model.peft_config[str(model.active_adapter)]
         changed_base = str(getattr(config, "init_lora_weights", "")).lower().startswith(_CHANGES_BASE)
         if is_peft_model(source) or changed_base:
             _add_reference_adapter(model)
@@ -86,9 +86,7 @@ def make_reference(
     return freeze_reference(reference, args)
 
 
-def given_reference(
-    ref_model: "str | PreTrainedModel", model: "str | PreTrainedModel | PeftModel", args: Any
-) -> PreTrainedModel:
+def given_reference(ref_model: "str | PreTrainedModel", model: "str | PreTrainedModel | PeftModel", args: Any) -> Any:
     """The reference model that the user passed, loaded if it is a path, and frozen.
 
     Raises:
@@ -98,9 +96,10 @@ def given_reference(
         raise ValueError(
             "`ref_model` is the same object as `model`, so it would train along; leave it out to have a frozen copy."
         )
+    reference: Any = ref_model
     if isinstance(ref_model, str):
-        ref_model = load_model(ref_model, args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
-    return freeze_reference(ref_model, args)
+        reference = load_model(ref_model, args.model_init_kwargs, trust_remote_code=args.trust_remote_code)
+    return freeze_reference(reference, args)
 
 
 def freeze_reference(reference: Any, args: Any) -> Any:
@@ -113,7 +112,7 @@ def freeze_reference(reference: Any, args: Any) -> Any:
     return reference.requires_grad_(False).eval()
 
 
-def _why_not_copied(model: nn.Module) -> str | None:
+def _why_not_copied(model: Any) -> str | None:
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         return "DeepSpeed ZeRO-3 has spread it over the processes"
     if is_quantized(model):
@@ -339,7 +338,7 @@ def weights_hash(model: nn.Module) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         part = (local_part(tensor) if isinstance(tensor, nn.Parameter) else tensor).detach().cpu().contiguous()
         digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-        digest.update(part.reshape(-1).view(torch.uint8).numpy())
+        digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

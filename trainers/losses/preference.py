@@ -21,7 +21,7 @@ _MAX_EXPONENT = 80.0  # exp(80) is still a float32
 
 
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (arXiv 2305.18290, eq. 7): `-log sigmoid(beta margin)`.
+    """DPO (arXiv 2305.18290): `-log sigmoid(beta margin)`.
 
     With label smoothing e, the chance that a pair is labelled the wrong way round, it is conservative DPO (Mitchell,
     "A note on DPO with noisy preferences", 2023): `-(1 - e) log sigmoid(beta margin) - e log sigmoid(-beta margin)`.
@@ -35,7 +35,7 @@ def hinge_loss(margin: Tensor, beta: float) -> Tensor:
 
 
 def ipo_loss(mean_margin: Tensor, beta: float) -> Tensor:
-    """IPO (arXiv 2310.12036, eq. 17): `(margin - 1 / (2 beta))^2`; beta is the paper's tau.
+    """IPO (arXiv 2310.12036): `(margin - 1 / (2 beta))^2`; beta is the paper's tau.
 
     Args:
         mean_margin: difference of the scores per token. The paper does not say that it divides by the length; its
@@ -45,7 +45,7 @@ def ipo_loss(mean_margin: Tensor, beta: float) -> Tensor:
 
 
 def exo_pair_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """EXO for pairs (arXiv 2402.00856, eq. 16): KL(q || p) of two-way distributions, where q(chosen) =
+    """EXO for pairs (arXiv 2402.00856): KL(q || p) of two-way distributions, where q(chosen) =
     sigmoid(beta margin) is the policy's and p(chosen) = 1 - e the labels':
 
         q_w (log q_w - log(1 - e)) + q_l (log q_l - log e)
@@ -64,7 +64,7 @@ def exo_pair_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor
 
 
 def robust_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO (arXiv 2403.00409, eq. 12), unbiased under labels flipped with probability e < 1/2:
+    """Robust DPO (arXiv 2403.00409), unbiased under labels flipped with probability e < 1/2:
 
     `(-(1 - e) log sigmoid(beta margin) + e log sigmoid(-beta margin)) / (1 - 2e)`
     """
@@ -73,7 +73,7 @@ def robust_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
 
 
 def discopop_loss(margin: Tensor, beta: float, tau: float) -> Tensor:
-    """DiscoPOP's log-ratio modulated loss (arXiv 2406.08414, eq. 5), with x = beta margin and m = sigmoid(x / tau):
+    """DiscoPOP's log-ratio modulated loss (arXiv 2406.08414), with x = beta margin and m = sigmoid(x / tau):
 
     `-(1 - m) log sigmoid(x) + m exp(-x)`
     """
@@ -105,19 +105,19 @@ def bco_pair_loss(chosen: Tensor, rejected: Tensor, beta: float, shift: Tensor |
 
 
 def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """SPPO (arXiv 2405.00675, eq. 4.7) where the chosen answer always wins: `(c - 1/(2 beta))^2 + (l + 1/(2 beta))^2`;
+    """SPPO (arXiv 2405.00675) where the chosen answer always wins: `(c - 1/(2 beta))^2 + (l + 1/(2 beta))^2`;
     beta is the paper's 1 / eta."""
     return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
 
 
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """APO-zero (arXiv 2408.06266, eq. 7): `1 - sigmoid(beta c) + sigmoid(beta l)`. Chosen up, rejected down: for chosen
+    """APO-zero (arXiv 2408.06266): `1 - sigmoid(beta c) + sigmoid(beta l)`. Chosen up, rejected down: for chosen
     answers that are better than the model's own."""
     return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
 
 
 def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """APO-down (arXiv 2408.06266, eq. 8): `sigmoid(beta c) + 1 - sigmoid(beta (c - l))`. Both down, rejected further:
+    """APO-down (arXiv 2408.06266): `sigmoid(beta c) + 1 - sigmoid(beta (c - l))`. Both down, rejected further:
     for chosen answers that are worse than the model's own."""
     return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
 
@@ -173,7 +173,7 @@ def f_divergence_score(log_ratios: Tensor, divergence: str = "reverse_kl", alpha
 
 
 def length_margin(chosen_lengths: Tensor, rejected_lengths: Tensor, alpha: float, beta: float) -> Tensor:
-    """What R-DPO (arXiv 2403.19159, eq. 9) adds to the margin, (B,): `alpha / beta (|y_w| - |y_l|)`.
+    """What R-DPO (arXiv 2403.19159) adds to the margin, (B,): `alpha / beta (|y_w| - |y_l|)`.
 
     The reward is charged alpha for each token, so of two answers the longer must be better by more.
 
@@ -184,7 +184,7 @@ def length_margin(chosen_lengths: Tensor, rejected_lengths: Tensor, alpha: float
 
 
 def dpop_penalty(chosen: Tensor, weight: float) -> Tensor:
-    """What DPO-Positive (arXiv 2402.13228, eq. 3) takes off the margin, (B,): `weight max(0, -c)`.
+    """What DPO-Positive (arXiv 2402.13228) takes off the margin, (B,): `weight max(0, -c)`.
 
     It keeps the chosen answer from becoming less likely than under the reference.
     """
@@ -210,7 +210,7 @@ def sequence_logps(logps: Tensor, mask: Tensor, ld_alpha: float | None = None) -
 
 
 def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor:
-    """Weights of pairs (WPO, arXiv 2406.11827, eq. 2 with its aligned weights), (B,), without gradient: how likely the
+    """Weights of pairs (WPO, arXiv 2406.11827, with the paper's weight alignment), (B,), without gradient: how likely the
     policy is to write both answers, which makes old data look as if sampled from it.
 
     `w(y_w) w(y_l)`, with `w(y)` the exponential of the mean over tokens of `log pi(y_t) - log sum_v pi(v)^2`.
