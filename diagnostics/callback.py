@@ -523,7 +523,8 @@ class DiagnosticsCallback(TrainerCallback):
 
     # ------------------------------------------------------------------ the engine's side, rank 0 only
 
-    def _folder(self, args: Any) -> Path:
+    def folder(self, args: Any) -> Path:
+        """Where the run directory is."""
         return Path(self._run_dir) if self._run_dir is not None else Path(args.output_dir) / RUN_FOLDER
 
     @_guarded
@@ -532,10 +533,10 @@ class DiagnosticsCallback(TrainerCallback):
 
         Who starts the run again does so with the settings of its first start. A setting that was edited since holds.
         """
-        if not self._accept_requests or _previous_run(self._folder(args)) is None:
+        if not self._accept_requests or _previous_run(self.folder(args)) is None:
             return
-        asked, _ = read_jsonl(self._folder(args) / CHANGES)
-        observed, _ = read_jsonl(self._folder(args) / METRICS)
+        asked, _ = read_jsonl(self.folder(args) / CHANGES)
+        observed, _ = read_jsonl(self.folder(args) / METRICS)
         config, fields = live.config_of(args), live.live_fields(self._trainer, args)
         for name, (old, new) in changes.lasting(asked, observed, step).items():
             if name in fields and same_value(config.get(name), old):
@@ -553,7 +554,7 @@ class DiagnosticsCallback(TrainerCallback):
     def _start_run(self, args: Any, state: Any) -> None:
         trainer = self._trainer
         method = self._method or (method_of(trainer) if trainer is not None else "sft")
-        folder = self._folder(args)
+        folder = self.folder(args)
         # From step 0 it is another run; the writer sets aside what one before it left here.
         previous = _previous_run(folder) if state.global_step > 0 else None
         self.run_id = previous["id"] if previous is not None else _new_run_id(method)
@@ -841,6 +842,9 @@ class DiagnosticsCallback(TrainerCallback):
                 group["lr"] = rate
                 if peak is not None:
                     group["initial_lr"] = peak
+        for callback in trainer.callback_handler.callbacks:  # what they carry from step to step goes back too
+            if hasattr(callback, "restore"):
+                callback.restore(trainer.args, checkpoint)
         for rollouts in ("_buffered_inputs", "_micro_batches"):  # TRL's and ours: of the policy that was thrown away
             if hasattr(trainer, rollouts):
                 setattr(trainer, rollouts, None)

@@ -141,8 +141,9 @@ class BEMACallback(TrainerCallback):
         self._keeps = is_sharded(model) or self.update_ref_model or state.is_world_process_zero
         self._snapshot()
         if state.global_step > 0:
-            path = checkpoint or os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            self._load(os.path.join(path, _parts_file("bema", args, is_sharded(model))), state.global_step)
+            self.restore(
+                args, checkpoint or os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            )
         if 0 < state.max_steps < self.update_after + self.update_freq:
             logger.warning(
                 f"BEMACallback will not average anything: its first update comes at step "
@@ -221,11 +222,14 @@ class BEMACallback(TrainerCallback):
                 ema.mul_(1 - beta).add_(theta, alpha=beta)
                 torch.add(ema, theta - theta0, alpha=alpha, out=bema)
 
-    def _load(self, path: str, step: int) -> None:
-        """Go on with the averages of a checkpoint."""
+    @torch.no_grad()
+    def restore(self, args: Any, checkpoint: str) -> None:
+        """Go on with the averages of a checkpoint, whose weights the model has already."""
+        path = os.path.join(checkpoint, _parts_file("bema", args, is_sharded(self._model)))
         if self._keeps and not _load_parts(path, self._state()):
+            self._snapshot()
             logger.warning(
-                f"BEMACallback begins a new average at step {step}: {path} holds none of this model on as many processes."
+                f"BEMACallback begins a new average, because {path} holds none of this model on as many processes."
             )
 
     @contextmanager
@@ -317,13 +321,16 @@ class SyncRefModelCallback(TrainerCallback):
         if self.ref_model is None or state.global_step < args.ref_model_sync_steps:
             return
         _, checkpoint = _training_loop(self)
-        folder = checkpoint or os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        path = os.path.join(folder, _parts_file("reference", args, is_sharded(self.ref_model)))
+        self.restore(args, checkpoint or os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+
+    @torch.no_grad()
+    def restore(self, args: Any, checkpoint: str) -> None:
+        """Give the reference model the weights that it had at a checkpoint."""
+        if self.ref_model is None:
+            return
+        path = os.path.join(checkpoint, _parts_file("reference", args, is_sharded(self.ref_model)))
         if not _load_parts(path, self._parts()):
-            logger.warning(
-                f"The reference model starts from its initial weights, though it had moved by step "
-                f"{state.global_step}: {path} does not hold it."
-            )
+            logger.warning(f"The reference model keeps the weights it has now: {path} does not hold it.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.ref_model is not None and state.global_step % args.ref_model_sync_steps == 0:
