@@ -1037,7 +1037,7 @@ def kl_drift(run: RunView, p: Params) -> RuleResult:
     per_token, unit = 1.0, "nats/token"
     if run.method not in GROUPED_RL:
         length = run.median("completions/mean_length")
-        if length is None or length <= 0:
+        if length is None or length < 1:
             return Unknown(f"kl is a sum per sequence in {run.method}; completions/mean_length is needed to judge it")
         per_token = 1 / length
     values = window.values * per_token
