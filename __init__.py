@@ -12,9 +12,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BEMACallback": "outspoken.trainers.callbacks",
     "DatasetMixtureConfig": "outspoken.trainers.data.mixtures",
+    "DPOConfig": "outspoken.trainers.dpo",
+    "DPOTrainer": "outspoken.trainers.dpo",
     "DiagnosticsCallback": "outspoken.diagnostics.callback",
     "GRPOConfig": "outspoken.trainers.grpo",
     "GRPOTrainer": "outspoken.trainers.grpo",
+    "KTOConfig": "outspoken.trainers.kto",
+    "KTOTrainer": "outspoken.trainers.kto",
     "LogCompletionsCallback": "outspoken.trainers.callbacks",
     "ModelConfig": "outspoken.trainers.scripts",
     "RichProgressCallback": "outspoken.trainers.callbacks",

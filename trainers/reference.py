@@ -267,12 +267,18 @@ def precompute(
         The dataset with the new columns, in float32.
 
     Raises:
-        ValueError: the dataset is a stream.
+        ValueError: the dataset is a stream, or training has begun and no reference is held.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"`precompute_ref_log_probs=True` needs rows that stay in place, but the {name} dataset is a stream; pass "
             "a datasets.Dataset, or set it to False."
+        )
+    if trainer.ref_model is None and trainer.state.global_step > 0 and not is_peft_model(trainer.model):
+        raise ValueError(
+            f"The reference is the model before training, which is not held under `precompute_ref_log_probs=True`, so "
+            f"what it says about the {name} dataset cannot be computed after training began; pass that dataset as "
+            "`eval_dataset` when the trainer is built, or pass a `ref_model`."
         )
     accelerator = trainer.accelerator
     model = trainer.ref_model if trainer.ref_model is not None else _untrained_policy(trainer)
