@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from outspoken.diagnostics.engine import Engine
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources import UnreadableLog, read
 from outspoken.diagnostics.sources.trials import denominator, least_trials
@@ -490,6 +491,36 @@ def test_unknown_names_are_kept_and_listed(write):
     assert any("Kept under their own names" in n and "wibble, step_ratio" in n for n in run.notes)
 
 
+# What TRL 1.16's trainers of these methods log.
+TRL_REWARD = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin", "num_tokens")
+TRL_ANSWERS = [f"{what}/{which}" for what in ("rewards", "logps", "logits") for which in ("chosen", "rejected")]
+TRL_KTO = (*TRL_ANSWERS, "rewards/margins", "kl", "entropy", "num_tokens")
+TRL_DPO = (*TRL_ANSWERS, "rewards/margins", "rewards/accuracies", "entropy", "mean_token_accuracy", "num_tokens")
+
+
+def test_a_reward_models_mean_is_no_reward_of_a_policy(write):
+    run = read(write([{"step": i, "loss": 0.6, **dict.fromkeys(TRL_REWARD, 0.1 * i)} for i in (1, 2)]))
+    assert values(run, "mean_reward") == [0.1, 0.2] and "reward" not in run.signals
+    assert not any("Kept under their own names" in note for note in run.notes)
+    policy = read(write([{"step": i, "loss": 0.6, "mean_reward": 0.1 * i} for i in (1, 2)]))
+    assert values(policy, "reward") == [0.1, 0.2]
+
+
+def test_the_trials_behind_logged_accuracies(write):
+    """8 pairs a device, 2 accumulated, 2 devices, 5 steps a point: 160 pairs; an evaluation's are not known."""
+    settings = {
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "world_size": 2, "logging_steps": 5,
+    }  # fmt: skip
+    rows = [{"step": 5 * i, "rewards/accuracies": 0.75, "rewards/margins": 0.1} for i in range(1, 4)]
+    run = read(write(rows), config=settings)
+    engine = Engine(method=run.method, config=run.config, rules={})
+    for observation in run.observations:
+        engine.observe(observation)
+    assert engine.view.trials("rewards/accuracies", 3).tolist() == [160] * 3
+    assert engine.view.pooled("rewards/accuracies", 300).k == 240
+    assert engine.view.trials("eval_rewards/accuracies", 3) is None
+
+
 @pytest.mark.parametrize(
     ("row", "method"),
     [
@@ -499,6 +530,14 @@ def test_unknown_names_are_kept_and_listed(write):
         ({"loss": 0.5, "log_odds_chosen": 0.1, "rewards/chosen": 0.1}, "orpo"),
         ({"loss": 0.5, "kl": 0.1, "rewards/chosen": 0.1}, "kto"),
         ({"loss": 0.5, "min_reward": 0.1, "accuracy": 0.6}, "reward"),
+        ({"loss": 0.5, **dict.fromkeys(TRL_REWARD, 0.1)}, "reward"),
+        ({f"train/{name}": 0.1 for name in TRL_REWARD}, "reward"),
+        ({f"eval_{name}": 0.1 for name in TRL_REWARD}, "reward"),
+        ({"loss": 0.5, **dict.fromkeys(TRL_KTO, 0.1)}, "kto"),
+        ({f"eval_{name}": 0.1 for name in TRL_KTO}, "kto"),
+        ({"loss": 0.5, **dict.fromkeys(TRL_DPO, 0.1)}, "dpo"),
+        ({"loss": 0.5, "kl": 0.1, **dict.fromkeys(TRL_DPO, 0.1)}, "dpo"),
+        ({"mean_reward": 0.5, "min_reward": 0.1, "max_reward": 0.9, "accuracy": 0.6}, "grpo"),  # no margin: a policy's
         ({"teacher_kl": 0.5, "env/all/reward/total": 0.0}, "distillation"),
         ({"grad_norm": 1.0}, "unknown"),
     ],

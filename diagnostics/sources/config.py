@@ -10,6 +10,7 @@ import yaml
 
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources.files import UnreadableLog
+from outspoken.diagnostics.sources.names import is_reward_model
 
 MAX_CONFIG = 10 * 1024 * 1024  # bytes
 LN2 = math.log(2)  # the first loss of a preference run
@@ -116,19 +117,22 @@ def infer_method(names: set[str], observations: Sequence[Observation]) -> tuple[
         return "distillation", "it logs the divergence from a teacher"
     if has("log_odds_chosen", "odds_ratio_loss"):
         return "orpo", "it logs an odds ratio"
-    if has("rewards/chosen") and has("kl") and not has("logits/chosen"):
+    paired = has("rewards/accuracies", "eval_rewards/accuracies")
+    if has("rewards/chosen", "eval_rewards/chosen") and has("kl", "eval_kl") and not paired:
         return "kto", "it logs rewards/chosen and kl"
     if has("rewards/chosen", "rewards/margins", "rewards/accuracies"):
         return "dpo", "it logs rewards of chosen and rejected answers"
     if has("eval_rewards/chosen", "eval_rewards/margins"):
         return "dpo", "it logs evaluated rewards of chosen and rejected answers"
+    if is_reward_model(names):
+        return "reward", "it logs the margin of a reward model"
     if has("reward", "eval_reward") and has(
         "reward_std", "frac_reward_zero_std", "groups/", "completions/", "clip_ratio/", "kl", "advantages/"
     ):
         return "grpo", "it logs rewards of sampled completions"
     if has("reward"):
         return "grpo", "it logs a reward (low confidence: no group or completion statistics)"
-    if has("min_reward", "max_reward", "chosen_last_scores", "center_rewards"):
+    if has("min_reward", "max_reward", "scores/mean", "chosen_last_scores", "center_rewards"):
         return "reward", "it logs scores of a reward model"
     if has("mean_token_accuracy", "num_loss_tokens", "train_mean_bpb"):
         return "sft", "it logs token-level supervised metrics"

@@ -212,7 +212,7 @@ def translate(name: str, family: Family, names: set[str]) -> tuple[str | None, i
     order = {alias: i + 1 for i, alias in enumerate(family.aliases)}
     if name in family.aliases:
         return family.aliases[name], order[name]
-    if signals.lookup(name) is not None:
+    if signals.lookup(name) is not None and (name not in COMMON or is_reward_model(names)):
         return name, 0
     for prefix, ours in (("train/", ""), ("training/", ""), ("eval/", "eval_")):
         if name.startswith(prefix):
@@ -232,6 +232,12 @@ def translate(name: str, family: Family, names: set[str]) -> tuple[str | None, i
     if bare != name and "/" not in bare and "eval_reward" in names:
         return f"rewards/{bare}/mean", 500
     return None, 0
+
+
+def is_reward_model(names: Iterable[str]) -> bool:
+    """Whether these are the metrics of a reward model, whose `mean_reward` is no reward of a policy."""
+    bare = {re.sub(r"^(train|training|eval)[/_]", "", name) for name in names}
+    return "margin" in bare and bool(bare & {"accuracy", "mean_reward"})
 
 
 def is_known(column: Column, family: Family) -> bool:
