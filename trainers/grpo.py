@@ -43,6 +43,7 @@ from outspoken.trainers.config import OutspokenConfig, as_config, live_field, li
 from outspoken.trainers.data.formats import column_names, is_messages
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores
 from outspoken.trainers.losses import policy
+from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import make_reference, prepare_reference, reference_policy
 from outspoken.trainers.rewards import call_reward_functions, callable_name, checked_rewards
 from outspoken.trainers.rollouts.batch import RolloutBatch, pad_ids
@@ -311,7 +312,7 @@ def as_grpo_config(args: TrainingArguments | None, model: "str | PreTrainedModel
     return as_config(GRPOConfig, args, model, "GRPOTrainer")
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(ModelCardMixin, Trainer):
     """Trains a causal language model on rewards of its own completions, by GRPO (arXiv 2402.03300).
 
     Args:

@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from transformers import Trainer
 
 from outspoken.diagnostics import rundir
 from outspoken.diagnostics.callback import DiagnosticsCallback, method_of
@@ -72,10 +73,10 @@ MAX_DIAGNOSTICS, MAX_CHANGES, MAX_EVIDENCE, MAX_RESULTS = 30, 30, 6, 20
 MAX_CELL = 600  # characters of a text in a table
 
 
-class ModelCardMixin:
+class ModelCardMixin(Trainer):
     """Gives a trainer its card: at each checkpoint, wherever weights are saved, and when it is pushed to the hub."""
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, not transformers'
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write the model card, `<output_dir>/README.md`.
@@ -85,17 +86,15 @@ class ModelCardMixin:
             dataset_name: the dataset on the hub that it was trained on.
             tags: tags of the model, beside those that the trainer gives.
         """
-        trainer: Any = self
-        write_model_card(trainer, trainer.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
+        write_model_card(self, str(self.args.output_dir), model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.create_model_card()  # what a checkpoint pushes to the hub takes the card from the output directory
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        trainer: Any = self
-        write_model_card(trainer, output_dir or trainer.args.output_dir)
+        super()._save(output_dir, state_dict)
+        write_model_card(self, output_dir or str(self.args.output_dir))
 
 
 def write_model_card(
