@@ -21,6 +21,8 @@ _PUBLIC = {
     "KTOTrainer": "outspoken.trainers.kto",
     "LogCompletionsCallback": "outspoken.trainers.callbacks",
     "ModelConfig": "outspoken.trainers.scripts",
+    "RewardConfig": "outspoken.trainers.reward",
+    "RewardTrainer": "outspoken.trainers.reward",
     "RichProgressCallback": "outspoken.trainers.callbacks",
     "Run": "outspoken.agent_api",
     "SFTConfig": "outspoken.trainers.sft",

@@ -125,6 +125,42 @@ def shared_batch(
     )
 
 
+def shared_ends(
+    inputs: Mapping[str, Any], pad_token_id: int, *, mask_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Any], Tensor, Tensor] | None:
+    """One row a pair, for a model that says something about a whole sequence at its last token; None as above.
+
+    Args:
+        inputs: `input_ids` and `attention_mask`, each (2B, T), padded on the right, the chosen rows first.
+        pad_token_id: what also marks padding: the last token of a sequence is the last that is another one.
+        mask_dtype: as for `shared_batch`.
+
+    Returns:
+        Keyword arguments of the model's forward, and row and column of each sequence's last token, (2B,).
+    """
+    if any(isinstance(value, Tensor) for key, value in inputs.items() if key not in _SHARED_KEYS):
+        return None
+    ids, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1)
+    pairs = len(ids) // 2
+    common = common_length(ids, lengths, limit=lengths[:pairs])
+    width = int(shared_width(lengths, common))
+    if not saves_enough(width, ids):
+        return None
+    rows, _, part = merge_rows(ids, lengths, common, width, pad_token_id)
+    last = (torch.arange(ids.size(1), device=ids.device) * (ids != pad_token_id)).argmax(1)
+    behind = torch.where(last[pairs:] < common, 0, lengths[:pairs] - common)
+    columns = last + torch.cat([torch.zeros_like(behind), behind])
+    return (
+        {
+            **{key: value for key, value in inputs.items() if key not in _SHARED_KEYS},
+            **rows,
+            "attention_mask": attention_mask(part, mask_dtype),
+        },
+        torch.arange(2 * pairs, device=ids.device) % pairs,
+        columns,
+    )
+
+
 def common_length(ids: Tensor, lengths: Tensor, limit: Tensor) -> Tensor:
     """How many leading tokens the two rows of each pair share, at most `limit` and never a whole row: (B,).
 
