@@ -351,6 +351,12 @@ class KTOTrainer(Trainer):
                 )
             if args.loss_type == "kto":
                 self._spares = self._spares or spare_rows(dataset, args.seed)
+                if len(self._spares) < 2:
+                    raise ValueError(
+                        f"`loss_type='kto'` needs completions to other prompts, but all rows of the {name} dataset "
+                        "that were looked at have the same completion; use `loss_type='apo_zero_unpaired'`, or add "
+                        "other completions."
+                    )
                 if args.precompute_ref_log_probs:
                     dataset = fix_mismatched_completions(dataset, self._spares, args.dataset_num_proc)
         return dataset, facts
@@ -527,6 +533,12 @@ class KTOTrainer(Trainer):
         """Evaluate; a dataset given here is prepared like those given to the trainer."""
         # Of a dict, `Trainer` evaluates one dataset after the other, here.
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
+            trained = self.state.global_step > 0 and not is_peft_model(self.model)
+            if self.args.precompute_ref_log_probs and self.ref_model is None and trained:
+                raise ValueError(
+                    "With `precompute_ref_log_probs=True` no reference model is held, so a new dataset cannot be "
+                    "evaluated once the policy has trained; pass it as `eval_dataset` to the trainer, or a `ref_model`."
+                )
             eval_dataset, _ = self._prepare(eval_dataset, "eval", self.args, self.processing_class)
             if self.args.precompute_ref_log_probs:
                 eval_dataset = self._ask_reference(eval_dataset, "eval")

@@ -78,7 +78,8 @@ def prepare_unpaired(
     how: dict[str, Any] = {} if streaming else {"num_proc": num_proc}
     if not tokenized:
         if "prompt" not in columns:
-            dataset = dataset.map(_extract_prompt, with_indices=True, fn_kwargs={"name": name}, **how)
+            desc = {} if streaming else {"desc": f"Extracting the prompts of the {name} dataset"}
+            dataset = dataset.map(_extract_prompt, with_indices=True, fn_kwargs={"name": name}, **how, **desc)
         dataset = maybe_unpair_preference_dataset(dataset, num_proc, f"Unpairing {name} dataset")
     dataset = dataset.map(
         unpaired_row,
@@ -225,7 +226,7 @@ def mismatched_completions(rows: Sequence[Row], spares: Sequence[Row] = ()) -> l
     """For each row the tokens of a completion that was not written to its prompt.
 
     It is that of the row before it, for the first row that of the last: so the completions stay the same and only
-    change their prompts (arXiv 2402.01306, section 4.1). Passed over are completions that stand behind the same prompt
+    change their prompts (arXiv 2402.01306). Passed over are completions that stand behind the same prompt
     somewhere in the batch or among the spare rows; the next one back is taken then, and where the batch has none, one
     of `spares`, beginning at a place that the row's tokens decide. If there is none either (all prompts are the same),
     any completion that differs from the row's own will do.
@@ -263,8 +264,11 @@ def mismatched_completions(rows: Sequence[Row], spares: Sequence[Row] = ()) -> l
 def fix_mismatched_completions(dataset: Dataset, spares: Sequence[Row], num_proc: int | None = None) -> Dataset:
     """Give each row `KL_completion_ids`, once and for all: `mismatched_completions` of blocks of 1000 rows."""
 
-    def fix(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    columns = [c for c in ("prompt_ids", "completion_ids", "KL_completion_ids") if c in dataset.column_names]
+
+    def fix(*values: list[Any]) -> dict[str, list[Any]]:
+        rows = [dict(zip(columns, row)) for row in zip(*values)]
         return {"KL_completion_ids": mismatched_completions(rows, spares)}
 
-    return dataset.map(fix, batched=True, num_proc=num_proc, desc="Pairing prompts with other rows' completions")
+    description = "Pairing prompts with other rows' completions"
+    return dataset.map(fix, batched=True, input_columns=columns, num_proc=num_proc, desc=description)

@@ -26,8 +26,8 @@ def kto_loss(
         desirable_weight, undesirable_weight: w_D and w_U, the paper's lambdas.
     """
     gain = torch.where(desirable, log_ratios - z0, z0 - log_ratios)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight)
-    return weight * torch.sigmoid(-beta * gain)  # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits near 0
+    loss = torch.sigmoid(-beta * gain)  # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits near 0
+    return torch.where(desirable, desirable_weight * loss, undesirable_weight * loss)
 
 
 def apo_zero_unpaired_loss(
@@ -50,7 +50,7 @@ def apo_zero_unpaired_loss(
 def reference_point(total: Tensor, count: Tensor) -> Tensor:
     """KTO's z0 = max(0, mean of log pi(y'|x) - log pi_ref(y'|x)), where y' is an answer to another prompt than x.
 
-    An estimate of KL(pi || pi_ref), biased but of low variance (arXiv 2402.01306, section 4.1).
+    An estimate of KL(pi || pi_ref) over all prompts, biased but of low variance (arXiv 2402.01306).
 
     Args:
         total: sum of the log-ratios of the mismatched pairs of all processes, a scalar.
