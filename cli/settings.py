@@ -84,6 +84,10 @@ class Fields:
             if any(typing.get_origin(a) is dict or a is dict for a in alternatives):
                 return value
             raise self._misfit(given, "a mapping")
+        if any(typing.get_args(a) == (dict,) for a in alternatives):
+            if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+                return value
+            raise self._misfit(given, repr(value))
         lists = any(typing.get_origin(a) is list for a in alternatives)
         if isinstance(value, list) and action.nargs != "+":
             if lists:
@@ -128,6 +132,8 @@ class Fields:
         if action.nargs == "+":
             plural = {"a number": "numbers", "a whole number": "whole numbers", "a text": "texts"}.get(words, words)
             words = f"one or more {plural}".replace("more one of", "more of")
+        if any(typing.get_args(a) == (dict,) for a in alternatives):
+            words = "a list of mappings"
         words = words or "a value"
         return f"{words} or null" if type(None) in alternatives else words
 
@@ -250,6 +256,8 @@ def _given(key: yaml.Node, value: yaml.Node, path: str | Path, fields: Fields, l
     if isinstance(value, yaml.ScalarNode):
         return Given(name, None if value.tag.endswith(":null") else value.value, where)
     if isinstance(value, yaml.MappingNode):
+        return Given(name, loader.construct_document(value), where)
+    if any(typing.get_args(a) == (dict,) for a in _alternatives(fields.hints[name])):
         return Given(name, loader.construct_document(value), where)
     texts = []
     for item in value.value:

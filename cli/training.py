@@ -59,6 +59,17 @@ class ModelAndData:
         },
     )
 
+    datasets: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture instead of one dataset, in YAML: a list of mappings with `path`, and as needed `name`, "
+            "`split`, `columns`, `fraction`, `data_files`."
+        },
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share or number of the mixture's rows to evaluate on."}
+    )
+
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the model."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
@@ -179,9 +190,12 @@ def _trainer(method: str, built: tuple[Any, ...], given: Sequence[Given], config
     arguments: dict[str, Any] = {
         "model": setup.model_name_or_path,
         "args": config,
-        "train_dataset": _dataset(setup, "", given, where),
-        "eval_dataset": _eval_dataset(setup, config, given, where),
     }
+    if setup.datasets is not None:
+        arguments |= _mixture(setup, given, where)
+    else:
+        arguments["train_dataset"] = _dataset(setup, "", given, where)
+        arguments["eval_dataset"] = _eval_dataset(setup, given, where)
     try:
         arguments["quantization_config"] = _quantization(setup)
         arguments["peft_config"] = _adapter(setup, "SEQ_CLS" if method == "reward" else "CAUSAL_LM")
@@ -270,12 +284,28 @@ def _quantization(setup: ModelAndData) -> Any:
 # ---------------------------------------------------------------------- data
 
 
-def _eval_dataset(setup: ModelAndData, config: Any, given: Sequence[Given], where: str) -> Any:
+def _eval_dataset(setup: ModelAndData, given: Sequence[Given], where: str) -> Any:
     if setup.eval_dataset_name or setup.eval_dataset_path:
         return _dataset(setup, "eval_", given, where)
     if setup.eval_dataset_split:
         return _dataset(setup, "", given, where, split_field="eval_dataset_split")
     return None
+
+
+def _mixture(setup: ModelAndData, given: Sequence[Given], where: str) -> dict[str, Any]:
+    """Train and evaluation dataset of the field `datasets`."""
+    from outspoken.trainers.data.mixtures import DatasetMixtureConfig, get_dataset
+
+    at = _place("datasets", given, where)
+    for name in ("dataset_name", "dataset_path"):
+        if getattr(setup, name):
+            raise CommandError(f"{at}give either datasets or {name}, not both.")
+    try:
+        mixture = DatasetMixtureConfig(list(setup.datasets or []), setup.dataset_streaming, setup.test_split_size)  # type: ignore[arg-type]
+        found = get_dataset(mixture)
+    except Exception as error:  # whatever a file's or a server's content makes the loaders raise
+        raise CommandError(f"{at}datasets cannot be loaded: {one_line(_deepest(error))}") from None
+    return {"train_dataset": found["train"], "eval_dataset": found.get("test")}
 
 
 def _dataset(

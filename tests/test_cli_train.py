@@ -468,3 +468,47 @@ def test_the_examples_run(tmp_path, monkeypatch):
         result = training.train(method, f"examples/{method}.yaml", ["--max_steps", "5", "--disable_tqdm"])
         assert result["steps"] == 5
         assert (tmp_path / "examples" / "tiny" / "runs" / method / "outspoken" / "verdict.json").exists()
+
+
+def test_a_mixture_of_datasets_in_yaml(cli, yaml_file, tmp_path, tiny_model_dir):
+    for name, text in (("one", "a b c"), ("two", "d e f")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(8)))
+    entry = "  - path: json\n    data_files: {0}/{1}.jsonl\n    columns: [text]\n"
+    mixture = "datasets:\n" + "".join(entry.format(tmp_path, name) for name in ("one", "two"))
+    settings = "".join(f"{key}: {value}\n" for key, value in SMALL.items())
+    config = yaml_file(f"model_name_or_path: {tiny_model_dir}\noutput_dir: {tmp_path}/out\n{settings}{mixture}")
+    code, out, err = cli("sft", "--config", config, "--test_split_size", "4", "--json")
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 2
+
+    code, _, err = cli("sft", "--config", config, "--dataset_path", "x.jsonl")
+    assert code == 2 and "give either datasets or dataset_path, not both." in err
+    wrong = yaml_file(config.read_text().replace("columns", "colums"))
+    code, _, err = cli("sft", "--config", wrong)
+    assert code == 2 and "`datasets[0]` has the unknown field colums" in err and "run.yaml line" in err
+    listed = yaml_file(f"model_name_or_path: {tiny_model_dir}\ndatasets: [json, csv]\noutput_dir: {tmp_path}/out\n")
+    code, _, err = cli("sft", "--config", listed)
+    assert code == 2 and "datasets must be a list of mappings or null" in err
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", {"prompt": "2+2=", "chosen": "4", "rejected": "5"}),
+        ("reward", {"prompt": "2+2=", "chosen": "4", "rejected": "5"}),
+        ("kto", {"prompt": "2+2=", "completion": "4", "label": True}),
+    ],
+)
+def test_offline_methods_train_from_yaml(method, row, cli, yaml_file, tmp_path, tiny_model_dir):
+    rows = [{**row, "prompt": f"{i}+2="} for i in range(8)]
+    if "label" in row:
+        rows = [{**r, "label": bool(i % 2), "completion": str(i)} for i, r in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = {"model_name_or_path": tiny_model_dir, "dataset_path": tmp_path / "rows.jsonl", **SMALL}
+    config = yaml_file({**settings, "output_dir": tmp_path / "out"})
+    extra = ["--ref_model_name_or_path", tiny_model_dir] if method != "reward" else ["--use_peft", "true"]
+    code, out, err = cli(method, "--config", config, *extra, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["method"], result["steps"]) == (method, 2)
+    assert json.loads((tmp_path / "out" / "outspoken" / "run.json").read_text())["method"] == method

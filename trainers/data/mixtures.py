@@ -106,7 +106,8 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> datasets.DatasetDict | 
     logger.info(f"The mixture of {len(parts)} datasets has {len(mixture)} rows.")
     if mixture_config.test_split_size is None:
         return datasets.DatasetDict({"train": mixture})
-    return mixture.train_test_split(test_size=mixture_config.test_split_size, seed=SPLIT_SEED)
+    size = mixture_config.test_split_size
+    return mixture.train_test_split(test_size=int(size) if size >= 1 else size, seed=SPLIT_SEED)
 
 
 def _shares(configs: list[DatasetConfig], streaming: bool) -> list[float] | None:
