@@ -205,10 +205,6 @@ def test_mistakes_in_streams_are_told_when_their_row_comes(build):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("packing", True, "`packing=True` is not supported yet; set it to False."),
-        ("eval_packing", True, "`eval_packing=True` is not supported yet; set it to False."),
-        ("padding_free", True, "`padding_free=True` is not supported yet; set it to False."),
-        ("activation_offloading", True, "`activation_offloading=True` is not supported yet; set it to False."),
         ("loss_type", "mse", "`loss_type` is 'mse'; use 'nll' or 'dft'."),
         ("pad_to_multiple_of", "ten", "`pad_to_multiple_of` is 'ten'; use a number of tokens, 'auto' or 'none'."),
     ],

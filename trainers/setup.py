@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from transformers.utils import is_liger_kernel_available
 
 from outspoken.trainers.data.chat_templates import fit_embeddings, set_chat_template
 from outspoken.trainers.loading import (
@@ -169,6 +170,29 @@ def prepare_model(
     if getattr(args, "disable_dropout", False):
         disable_dropout(loaded)
     return loaded
+
+
+def prepare_liger(args: Any) -> None:
+    """Let Liger replace the model's layers, not its loss, which the trainers compute themselves.
+
+    Raises:
+        ImportError: `use_liger_kernel` is set, but the package is not installed.
+        ValueError: `liger_kernel_config` asks for the fused loss.
+    """
+    if not args.use_liger_kernel:
+        return
+    if not is_liger_kernel_available():
+        raise ImportError(
+            "`use_liger_kernel=True` needs the package liger-kernel and a GPU; install it with `pip install "
+            "liger-kernel`, or set it to False."
+        )
+    config = args.liger_kernel_config or {}
+    if config.get("fused_linear_cross_entropy"):
+        raise ValueError(
+            "`liger_kernel_config` has 'fused_linear_cross_entropy': True, which would replace the loss that the "
+            "trainer computes without full logits anyway; remove it."
+        )
+    args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -1,15 +1,18 @@
 """Supervised fine-tuning: the model learns to continue texts, to complete prompts, or to answer as the assistant does.
 
-The step, top to bottom: rows become tokens and labels once (`data/supervised.py`); a batch is padded; the labels'
-log-probabilities come from a forward pass that never builds the full logits (`logprobs.py`); the loss
-(`losses/supervised.py`) is their negative sum over the labels of the whole optimizer step.
+The step, top to bottom: rows become tokens and labels once (`data/supervised.py`), and several short rows one long row
+where packing is on (`data/packing.py`); a batch is padded, or its rows are joined; attention is told where documents
+begin (`attention.py`); the labels' log-probabilities come from a forward pass that never builds the full logits
+(`logprobs.py`); the loss (`losses/supervised.py`) is their negative sum over the labels of the whole optimizer step.
 """
 
 import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +30,20 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from outspoken.diagnostics.recorder import Recorder
+from outspoken.trainers.activation_offloading import offload_activations
+from outspoken.trainers.attention import (
+    boundary_lengths,
+    needs_one_row,
+    one_document_a_row,
+    prove_boundaries,
+    refuse_prompt_learning,
+    refuse_unproved,
+    tell_boundaries,
+)
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
 from outspoken.trainers.data.chat_templates import trains_to_stop
 from outspoken.trainers.data.formats import column_names, first_row
+from outspoken.trainers.data.packing import PACKING_STRATEGIES, pack_dataset
 from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.supervised import SupervisedFormat, prepare_supervised
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores, scores_from_logits, shift_labels
@@ -43,6 +57,7 @@ from outspoken.trainers.setup import (
     finish_setup,
     map_datasets,
     parse_pad_to_multiple_of,
+    prepare_liger,
     prepare_model,
     prepare_processing,
     set_up_router_loss,
@@ -110,12 +125,24 @@ class SFTConfig(OutspokenConfig):
         metadata={"help": "Which end of a long row stays.", "choices": ["keep_end", "keep_start"]},
     )
     shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the datasets once, with `seed`."})
-    packing: bool = field(default=False, metadata={"help": "Put several rows into one sequence. Not supported yet."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put several rows into one of up to `max_length` tokens, without attention between them."},
+    )
     packing_strategy: str = field(
-        default="bfd", metadata={"help": "How rows are packed.", "choices": ["bfd", "bfd_split", "wrapped"]}
+        default="bfd",
+        metadata={
+            "help": "How rows are packed: 'bfd' cuts long rows and loses the rest, 'bfd_split' goes on with the rest in "
+            "another row, 'wrapped' fills every row up and cuts rows where they do not fit.",
+            "choices": ["bfd", "bfd_split", "wrapped"],
+        },
     )
     padding_free: bool = field(
-        default=False, metadata={"help": "Join a batch's rows instead of padding them. Not supported yet."}
+        default=False,
+        metadata={
+            "help": "Join a batch's rows instead of padding them. Saves memory with flash attention; other backends "
+            "need a mask of the joined length squared."
+        },
     )
     pad_to_multiple_of: int | str | None = field(
         default="auto", metadata={"help": "Pad batches to a multiple of this many tokens; 'auto' does not."}
@@ -139,7 +166,7 @@ class SFTConfig(OutspokenConfig):
         0.0, "Share of the target spread evenly over the vocabulary ('nll' only).", minimum=0.0, maximum=1.0
     )
     activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep activations in CPU memory. Not supported yet."}
+        default=False, metadata={"help": "Keep in CPU memory what the backward pass needs."}
     )
     pad_token: str | None = field(
         default=None, metadata={"help": "Deprecated: set `tokenizer.pad_token` and pass it as `processing_class`."}
@@ -169,29 +196,55 @@ class SFTConfig(OutspokenConfig):
                 FutureWarning,
                 stacklevel=3,
             )
-        for name in ("packing", "padding_free", "eval_packing", "activation_offloading"):
-            if getattr(self, name):
-                raise ValueError(f"`{name}=True` is not supported yet; set it to False.")
+        if self.packing_strategy not in PACKING_STRATEGIES:
+            raise ValueError(
+                f"`packing_strategy` is {self.packing_strategy!r}; use one of "
+                f"{', '.join(map(repr, PACKING_STRATEGIES))}."
+            )
+        if (self.packing or self.eval_packing) and self.max_length is None:
+            raise ValueError(
+                "`packing=True` fills rows of `max_length` tokens, and `max_length` is None; set it to the length that "
+                "rows shall have."
+            )
 
 
 @dataclass
 class DataCollatorForLanguageModeling:
     """Pads B tokenized rows on the right to (B, T): `input_ids`, `attention_mask`, and `labels` with -100 as padding.
 
-    Rows without labels are their own labels.
+    Rows without labels are their own labels. Rows that are packed have `seq_lengths`, the lengths of their documents;
+    then, and if padding-free, there are `position_ids` that start at 0 with each document, and the first token of a
+    document has no label. What `attention_mask` marks as padding counts as a document.
+
+    Attributes:
+        padding_free: join the rows to a single one; further entries tell its documents apart
+            (`attention.boundary_lengths`).
     """
 
     pad_token_id: int
+    padding_free: bool = False
     pad_to_multiple_of: Any = None  # int or None
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-        labels = [row["labels"] if "labels" in row else row["input_ids"] for row in rows]
-        return {
-            "input_ids": pad(ids, self.pad_token_id, multiple_of=self.pad_to_multiple_of, dtype=torch.long),
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        labels = [torch.as_tensor(row.get("labels", row["input_ids"]), dtype=torch.long) for row in rows]
+        lengths = [list(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows]
+        if self.padding_free:
+            ids, labels, lengths = [torch.cat(ids)], [torch.cat(labels)], [list(chain.from_iterable(lengths))]
+        batch: dict[str, Any] = {
+            "input_ids": pad(ids, self.pad_token_id, multiple_of=self.pad_to_multiple_of),
             "attention_mask": pad([torch.ones_like(row) for row in ids], 0, multiple_of=self.pad_to_multiple_of),
-            "labels": pad(labels, IGNORE_INDEX, multiple_of=self.pad_to_multiple_of, dtype=torch.long),
+            "labels": pad(labels, IGNORE_INDEX, multiple_of=self.pad_to_multiple_of),
         }
+        if self.padding_free or "seq_lengths" in rows[0]:
+            width = batch["input_ids"].size(1)
+            lengths = [[*documents, width - sum(documents)] for documents in lengths]
+            positions = [torch.cat([torch.arange(length) for length in documents]) for documents in lengths]
+            batch["position_ids"] = torch.stack(positions)
+            batch["labels"][batch["position_ids"] == 0] = IGNORE_INDEX
+        if self.padding_free:
+            batch |= boundary_lengths(lengths[0])
+        return batch
 
 
 class SFTTrainer(Trainer):
@@ -264,6 +317,16 @@ class SFTTrainer(Trainer):
             raise ValueError(
                 "SFTTrainer trains text models only, but the train dataset has a column of images; remove it."
             )
+        # The setting, if any, that puts several documents into one row.
+        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+        packed = args.packing or eval_packing or "seq_lengths" in row
+        joining = "packing" if packed else "padding_free" if args.padding_free else None
+        if joining is not None and data_collator is not None:
+            raise ValueError(
+                f"`{joining}=True` needs batches that say where documents begin, which the trainer's own collator "
+                f"makes; drop `data_collator`, or set `{joining}=False`."
+            )
+        refuse_prompt_learning(model, peft_config, joining)
         self.completion_only_loss = (
             {"prompt", "completion"} <= {*row} if args.completion_only_loss is None else args.completion_only_loss
         )
@@ -291,18 +354,30 @@ class SFTTrainer(Trainer):
         self._skip_prepare_dataset = bool((dataset_kwargs or {}).get("skip_prepare_dataset"))
         self._formatting_func = formatting_func
         own_collator = data_collator is None
-        train_dataset, facts = self._prepare(train_dataset, "train", args, tokenizer, own_collator)
+        self._eval_packing = eval_packing
+        train_dataset, facts = self._prepare(train_dataset, "train", args, tokenizer, own_collator, args.packing)
         self.recorder.facts.update(facts)
         eval_dataset = map_datasets(
-            eval_dataset, "eval", lambda dataset, name: self._prepare(dataset, name, args, tokenizer, own_collator)[0]
+            eval_dataset,
+            "eval",
+            lambda dataset, name: self._prepare(dataset, name, args, tokenizer, own_collator, eval_packing)[0],
         )
+
+        prepare_liger(args)
+        model = prepare_model(
+            model, args, processing, peft_config=peft_config, quantization_config=quantization_config
+        )
+        self.router_aux_loss_coef = set_up_router_loss(model, args.router_aux_loss_coef)
+        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
         if own_collator:
-            data_collator = DataCollatorForLanguageModeling(processing.pad_token_id, args.pad_to_multiple_of)
+            # Padding of packed rows would count in the load-balancing loss.
+            one_row = packed and (needs_one_row(model.config) or self.aux_loss_enabled)
+            data_collator = DataCollatorForLanguageModeling(
+                processing.pad_token_id, args.padding_free or one_row, args.pad_to_multiple_of
+            )
 
         super().__init__(
-            model=prepare_model(
-                model, args, processing, peft_config=peft_config, quantization_config=quantization_config
-            ),
+            model=model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -318,16 +393,33 @@ class SFTTrainer(Trainer):
         # The loss below shifts the labels and divides by `num_items_in_batch` whatever the architecture.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.router_aux_loss_coef = set_up_router_loss(self.model, args.router_aux_loss_coef)
-        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
         finish_setup(self, "sft")
+        self._boundaries = "" if joining is None else self._find_boundaries(joining)
+
+    def _find_boundaries(self, joining: str) -> str:
+        """How the model is told where documents begin; raises if it does not keep them apart."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return refuse_unproved(self.model.config, joining, self.aux_loss_enabled)
+        return prove_boundaries(
+            self.model,
+            joining,
+            one_row=self.data_collator.padding_free,
+            context=self.compute_loss_context_manager(),
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
+        )
 
     def _prepare(
-        self, dataset: AnyDataset, name: str, args: SFTConfig, tokenizer: PreTrainedTokenizerBase, own_collator: bool
+        self,
+        dataset: AnyDataset,
+        name: str,
+        args: SFTConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        own_collator: bool,
+        packing: bool,
     ) -> tuple[AnyDataset, dict[str, float]]:
-        """Tokenize, label, truncate and shuffle a dataset, as `args` say; returns it and the facts about it."""
-        if self._skip_prepare_dataset:
-            columns = {*column_names(dataset, name)}
+        """Tokenize, label, truncate, pack and shuffle a dataset, as `args` say; returns it and the facts about it."""
+        columns = {*column_names(dataset, name)}
+        if self._skip_prepare_dataset or {"input_ids", "labels", "seq_lengths"} <= columns:
             if own_collator and "input_ids" not in columns:
                 raise ValueError(
                     f"`skip_prepare_dataset` is set, but the {name} dataset has no column 'input_ids'; tokenize it, "
@@ -343,7 +435,7 @@ class SFTTrainer(Trainer):
             text_column=args.dataset_text_field,
             completion_only_loss=self.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
-            max_length=args.max_length,
+            max_length=None if packing and args.packing_strategy != "bfd" else args.max_length,  # else nothing is cut
             truncation_mode=args.truncation_mode,
         )
         with args.main_process_first(desc=f"preparing the {name} dataset"):
@@ -355,11 +447,22 @@ class SFTTrainer(Trainer):
                 formatting_func=self._formatting_func,
                 num_proc=args.dataset_num_proc,
             )
-        return (dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset), facts
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            if packing:
+                streaming = isinstance(dataset, IterableDataset)
+                progress: Any = (
+                    {} if streaming else {"num_proc": args.dataset_num_proc, "desc": f"Packing {name} dataset"}
+                )
+                dataset = dataset.select_columns(["input_ids", "labels"])
+                dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, progress)
+                if args.shuffle_dataset:
+                    dataset = dataset.shuffle(seed=args.seed)
+        return dataset, facts
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "labels"]
+            self._signature_columns = ["input_ids", "labels", "seq_lengths"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch, a scalar: its share of the mean over all `num_items_in_batch` labels of the step.
@@ -369,17 +472,20 @@ class SFTTrainer(Trainer):
         args = self.args
         labels = inputs["labels"]  # (B, T)
         model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        if "position_ids" in inputs:
+            model_inputs = tell_boundaries(model_inputs, self._boundaries, self.model)
         model_inputs["use_cache"] = False
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         smoothing = args.label_smoothing_factor if args.loss_type == "nll" else 0.0
         want = ("entropy", "is_top1", *(["mean_logps"] if smoothing else []))
-        if self.compute_loss_func is not None or return_outputs:
-            outputs = model(**model_inputs)
-            shifted = shift_labels(labels, outputs.logits.size(1))
-            scores = scores_from_logits(outputs.logits[:, :-1], shifted, want=want)
-        else:
-            scores, outputs = label_scores(model, model_inputs, labels, unwrapped=self.model, want=want)
+        with offload_activations(self.model) if args.activation_offloading else nullcontext():
+            if self.compute_loss_func is not None or return_outputs:
+                outputs = model(**model_inputs)
+                shifted = shift_labels(labels, outputs.logits.size(1))
+                scores = scores_from_logits(outputs.logits[:, :-1], shifted, want=want)
+            else:
+                scores, outputs = label_scores(model, model_inputs, labels, unwrapped=self.model, want=want)
 
         num_tokens = scores.mask.sum() if num_items_in_batch is None else num_items_in_batch
         if self.compute_loss_func is not None:
@@ -404,19 +510,26 @@ class SFTTrainer(Trainer):
     def _measure(self, scores, inputs, outputs) -> None:
         """Collect the metrics of a micro-batch, summed over all processes, in one transfer from the device."""
         training = self.model.training
-        supervised = scores.mask.sum(1)  # (B,)
-        labels = shift_labels(inputs["labels"], scores.mask.size(1) + 1)
+        ids, labels = inputs["input_ids"], inputs["labels"]  # (B, T)
+        present = inputs.get("attention_mask", torch.ones_like(ids))
+        if "position_ids" in inputs:  # padding is a document, too
+            ids, labels, present = one_document_a_row(
+                inputs["position_ids"], (ids, 0), (labels, IGNORE_INDEX), (present, 0)
+            )
+            real = present.any(1)
+            ids, labels, present = ids[real], labels[real], present[real]
+        supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T - 1)
         found = sum_over_processes(
             self.accelerator,
             scores.logps.device,
-            labels=supervised.sum(),
+            labels=scores.mask.sum(),
             entropy=scores.entropy.sum(),
             correct=scores.is_top1.sum(),
-            tokens=inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel(),
-            rows=len(supervised),
-            rows_without=(supervised == 0).sum(),
-            rows_ended=ends_with(labels, scores.mask, self._end_tokens).sum(),
-            rows_cut=self._rows_cut(inputs),
+            tokens=present.sum(),
+            rows=len(ids),
+            rows_without=(~supervised.any(1)).sum(),
+            rows_ended=ends_with(labels[:, 1:], supervised, self._end_tokens).sum(),
+            rows_cut=self._rows_cut(ids, present),
             aux_loss=outputs.aux_loss if self.aux_loss_enabled else 0.0,
         )
         metrics = self._metrics["train" if training else "eval"]
@@ -436,16 +549,16 @@ class SFTTrainer(Trainer):
                 self.recorder.count("samples/truncated", found["rows_cut"], rows)
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
 
-    def _rows_cut(self, inputs) -> Tensor | float:
+    def _rows_cut(self, ids: Tensor, present: Tensor) -> Tensor | float:
         """Rows of `max_length` tokens without an end token at their end; NaN where the end does not tell."""
         args = self.args
-        if args.max_length is None or args.truncation_mode != "keep_start" or self._skip_prepare_dataset:
-            return 0.0 if args.max_length is None else math.nan
-        if "attention_mask" not in inputs:
+        packing = args.packing if self.model.training else self._eval_packing
+        if args.max_length is None or (packing and args.packing_strategy != "bfd"):
+            return 0.0
+        if args.truncation_mode != "keep_start" or self._skip_prepare_dataset:
             return math.nan
-        present = inputs["attention_mask"]
         full = present.sum(1) >= args.max_length
-        return (full & ~ends_with(inputs["input_ids"], present, self._end_tokens)).sum()
+        return (full & ~ends_with(ids, present, self._end_tokens)).sum()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch, and its logits and labels only if metrics are computed from them."""
@@ -461,7 +574,9 @@ class SFTTrainer(Trainer):
         # Of a dict, `Trainer` evaluates one dataset after the other, here.
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
             own_collator = isinstance(self.data_collator, DataCollatorForLanguageModeling)
-            eval_dataset, _ = self._prepare(eval_dataset, "eval", self.args, self.processing_class, own_collator)
+            eval_dataset, _ = self._prepare(
+                eval_dataset, "eval", self.args, self.processing_class, own_collator, self._eval_packing
+            )
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
