@@ -39,6 +39,7 @@ from outspoken.trainers.data.pairs import prepare_pairs
 from outspoken.trainers.loading import config_of
 from outspoken.trainers.losses.reward import bradley_terry_loss, centering_loss
 from outspoken.trainers.measuring import RecentCorrelation, gather_rows
+from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.setup import (
     AnyDataset,
     Datasets,
@@ -166,7 +167,7 @@ class DataCollatorForPreference:
         return batch
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(ModelCardMixin, Trainer):
     """Trains a model with a score head on pairs of answers, so that the better one scores higher.
 
     >>> from outspoken import RewardConfig, RewardTrainer
@@ -205,6 +206,7 @@ class RewardTrainer(Trainer):
     # transformers types these for every trainer there is.
     model: Any
     args: Any  # RewardConfig
+    processing_class: Any
     _signature_columns: Any
     _metrics: dict[str, dict[str, list[float]]]
 
@@ -230,7 +232,8 @@ class RewardTrainer(Trainer):
             raise ValueError(
                 "RewardTrainer trains text models only, but the train dataset has a column of images; remove it."
             )
-        config = config_of(model, args.model_init_kwargs, args.trust_remote_code)
+        init_kwargs: Any = args.model_init_kwargs
+        config = config_of(model, init_kwargs, args.trust_remote_code)
         _check_head(config, args.num_scores, built=not isinstance(model, str))
         processing = prepare_processing(model, args, processing_class, trainer="RewardTrainer")
         tokenizer = processing.tokenizer
@@ -394,13 +397,13 @@ class RewardTrainer(Trainer):
         """Hand over what is no metric of TRL's: scores (2N, S), answers' lengths (2N,), the chosen ones first."""
         pairs = len(identical)
         for name, length in zip(("lengths/chosen", "lengths/rejected"), lengths.chunk(2)):
-            self.recorder.count(name, length.sum(), pairs)
-        self.recorder.count("pairs/identical", identical.sum(), pairs)
+            self.recorder.count(name, length.sum().item(), pairs)
+        self.recorder.count("pairs/identical", identical.sum().item(), pairs)
         step, seen = self._step_scores
         seen = [*seen, scores] if step == self.state.global_step else [scores]
         self._step_scores = (self.state.global_step, seen)
-        self.recorder.set("scores/mean", torch.cat(seen).mean())
-        self.recorder.set("scores/std", torch.cat(seen).std())
+        self.recorder.set("scores/mean", torch.cat(seen).mean().item())
+        self.recorder.set("scores/std", torch.cat(seen).std().item())
         self._scores_and_lengths.add(scores.mean(1), lengths)
         correlation = self._scores_and_lengths.value()
         if correlation is not None:
@@ -444,8 +447,11 @@ def _head_is_new(config: PreTrainedConfig) -> bool:
 
 
 def _head_is_trained(model: Any) -> bool:
+    """Whether an adapter trains, and saves, the score head itself, not only something beside it."""
     return any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if {*name.split(".")} & {*_HEADS}
+        parameter.requires_grad and "lora_" not in name
+        for name, parameter in model.named_parameters()
+        if {*name.split(".")} & {*_HEADS}
     )
 
 
@@ -466,18 +472,27 @@ def _check_head(config: PreTrainedConfig, num_scores: int, built: bool) -> None:
 
 
 def _train_new_head(peft_config: Any, config: PreTrainedConfig) -> Any:
-    """The adapter's config, with the score head among the modules to train and save whole if it is new."""
-    if peft_config is None or not hasattr(peft_config, "modules_to_save") or not _head_is_new(config):
-        return peft_config
-    named = [*(peft_config.modules_to_save or [])]
-    if {*named} & {*_HEADS} or str(getattr(peft_config.task_type, "value", peft_config.task_type)) == "SEQ_CLS":
-        return peft_config  # peft adds the head for this task
-    logger.warning(
-        "The score head is new, so 'score' was added to the adapter's `modules_to_save`: else it would stay at random, "
-        "and would be drawn anew when the adapter is loaded."
-    )
-    peft_config = copy.copy(peft_config)
-    peft_config.modules_to_save = [*named, "score"]
+    """The adapter's config, with the score head among the modules to train and save whole if it is new.
+
+    Raises:
+        ValueError: the adapter is for another kind of model.
+    """
+    task = getattr(peft_config, "task_type", None)
+    task = getattr(task, "value", task)
+    if task not in (None, "SEQ_CLS"):
+        raise ValueError(
+            f"`peft_config.task_type` is {task!r}, but a reward model classifies sequences; use 'SEQ_CLS'."
+        )
+    named = [*(getattr(peft_config, "modules_to_save", None) or [])]
+    if task == "SEQ_CLS" or not hasattr(peft_config, "modules_to_save") or {*named} & {*_HEADS}:
+        return peft_config  # for this task, peft adds the head
+    if _head_is_new(config):
+        logger.warning(
+            "The score head is new, so 'score' was added to the adapter's `modules_to_save`: else it would stay at "
+            "random, and would be drawn anew when the adapter is loaded."
+        )
+        peft_config = copy.copy(peft_config)
+        peft_config.modules_to_save = [*named, "score"]
     return peft_config
 
 
