@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _PUBLIC = {
     "BEMACallback": "outspoken.trainers.callbacks",
-    "DatasetMixtureConfig": "outspoken.trainers.data.mixtures",
     "DPOConfig": "outspoken.trainers.dpo",
     "DPOTrainer": "outspoken.trainers.dpo",
+    "DatasetMixtureConfig": "outspoken.trainers.data.mixtures",
     "DiagnosticsCallback": "outspoken.diagnostics.callback",
     "GRPOConfig": "outspoken.trainers.grpo",
     "GRPOTrainer": "outspoken.trainers.grpo",
@@ -39,6 +39,7 @@ _PUBLIC = {
     "get_dataset": "outspoken.trainers.data.mixtures",
     "get_peft_config": "outspoken.trainers.scripts",
     "get_quantization_config": "outspoken.trainers.scripts",
+    "get_training_chat_template": "outspoken.trainers.data.chat_templates",
     "init_zero_verbose": "outspoken.trainers.scripts",
     "is_conversational": "outspoken.trainers.data.formats",
     "is_conversational_from_value": "outspoken.trainers.data.formats",

@@ -1,7 +1,6 @@
 """Chat templates: rendering and tokenizing conversations, and finding the tokens the assistant wrote."""
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from outspoken.trainers.data.formats import common_prefix_length, is_conversational, prepare_multimodal_messages
+from outspoken.trainers.data.training_templates import NotPatchable, marks_generation, training_template
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,67 @@ def supports_tool_calling(processing_class: Processing) -> bool:
     return False
 
 
-def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's (default) chat template marks the assistant's words with `{% generation %}`."""
+def is_prefix_preserving(processing_class: Processing) -> bool:
+    """Whether a tool's answer leaves the rendering of the call before it as it was, so that it can be appended."""
+    for arguments in ({}, "{}"):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "f", "content": "b"},
+        ]
+        if isinstance(processing_class, ProcessorMixin):
+            messages = prepare_multimodal_messages(messages)
+        try:
+            before = processing_class.apply_chat_template(messages[:2], tokenize=False)
+            after = processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TypeError:  # arguments as text only
+            continue
+        return str(after).startswith(str(before))
+    return False
+
+
+def get_training_chat_template(
+    processing_class: Processing | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> str | None:
+    """The variant of the chat template for training (see `training_template`), or None if the template is one itself.
+
+    It is one itself if it has `{% generation %}` marks, and a tool's answer does not change what is before it.
+
+    Args:
+        processing_class: a tokenizer or processor.
+        tokenizer: another name for it.
+
+    Raises:
+        ValueError: there is no template, or it has no such variant.
+    """
+    processing_class = processing_class if processing_class is not None else tokenizer
+    if processing_class is None:
+        raise TypeError("`processing_class` is missing; pass a tokenizer or processor.")
+    template = default_template(processing_class)
+    if template is None:
+        raise ValueError("The tokenizer has no chat template; set one, or use a model that was trained for chat.")
+    if marks_generation(template) and (
+        not supports_tool_calling(processing_class) or is_prefix_preserving(processing_class)
+    ):
+        return None
+    return training_template(template, _special_tokens(processing_class))
+
+
+def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's chat template if it marks the assistant's words, else its training variant, if there is one."""
     template = default_template(tokenizer)
-    return template is not None and re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+    if template is None or marks_generation(template):
+        return template
+    try:
+        return training_template(template, _special_tokens(tokenizer))
+    except NotPatchable:
+        return None
+
+
+def _special_tokens(processing_class: Any) -> dict[str, str]:
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    return {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
 def tokenize_chat(
@@ -155,29 +212,34 @@ def tokenize_chat_with_assistant_mask(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and 1 for each token that the assistant wrote, its end-of-turn token included.
 
-    The chat template's `{% generation %}` markers decide where it has them. Without them, an assistant's turn is what
-    rendering the conversation up to it adds to the generation prompt before it. That needs a template under which a
-    longer conversation only appends to a shorter one.
+    The chat template's `{% generation %}` markers decide, or those of its training variant. Without either, an
+    assistant's turn is what rendering the conversation up to it adds to the generation prompt before it. That needs a
+    template under which a longer conversation only appends to a shorter one.
 
     Raises:
-        ValueError: the template has no markers and rewrites earlier turns (e.g. removes their reasoning), or the
-            tokenizer cannot tell which characters a token stands for.
+        ValueError: the template has no markers, no variant with them, and rewrites earlier turns; or the tokenizer
+            cannot tell which characters a token stands for.
     """
     encoded: Any
     text: Any
-    if has_generation_markers(tokenizer):
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"`assistant_only_loss=True` needs a fast tokenizer, which tells the characters that a token stands for, "
+            f"and the {type(tokenizer).__name__} is slow; pass another `processing_class`, or set it to False."
+        )
+    template = template_with_marks(tokenizer)
+    if template is not None:
         encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **template_kwargs
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **{"chat_template": template, **template_kwargs},
         )
         return encoded["input_ids"], encoded["assistant_masks"]
 
     ids = tokenize_chat(tokenizer, messages, **template_kwargs)
     text = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"`assistant_only_loss=True` needs a fast tokenizer or a chat template with {{% generation %}} markers, "
-            f"and the {type(tokenizer).__name__} is slow; pass a template with markers as `chat_template_path`."
-        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     if encoded["input_ids"] != ids:
         raise ValueError(

@@ -10,7 +10,12 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from outspoken.trainers.data.chat_templates import tokenize_chat, tokenize_chat_with_assistant_mask
+from outspoken.trainers.data.chat_templates import (
+    template_with_marks,
+    tokenize_chat,
+    tokenize_chat_with_assistant_mask,
+)
+from outspoken.trainers.data.checks import SUPERVISED, check_rows
 from outspoken.trainers.data.formats import (
     check_messages,
     check_text,
@@ -90,6 +95,9 @@ def prepare_supervised(
         )
     columns = column_names(dataset, name)
     source = row_source(columns, first_row(dataset, name), how, name, formatted=formatting_func is not None)
+    read = {"prompt": ["prompt", "completion"], "text": [how.text_column], "input_ids": [], "formatted": []}
+    if used := read.get(source, [source]):
+        check_rows(dataset.select_columns(used), name, SUPERVISED, "SFTTrainer", filled=used)
     if formatting_func is not None and source == "input_ids":
         logger.warning(f"The {name} dataset is tokenized already (it has `input_ids`); `formatting_func` is ignored.")
     if not streaming:
@@ -278,7 +286,10 @@ def _prompt_completion(
     if is_messages(row["prompt"]) or is_messages(row["completion"]):
         asked = check_messages(row["prompt"], name, index, "prompt")
         answered = check_messages(row["completion"], name, index, "completion")
-        prompt_ids = tokenize_chat(tokenizer, asked, add_generation_prompt=True, **_template_kwargs(row, index, name))
+        kwargs = _template_kwargs(row, index, name)
+        if how.assistant_only_loss:  # the template that the whole conversation is rendered with
+            kwargs = {"chat_template": template_with_marks(tokenizer), **kwargs}
+        prompt_ids = tokenize_chat(tokenizer, asked, add_generation_prompt=True, **kwargs)
         ids, mask = _conversation(asked + answered, row, index, "completion", tokenizer, how, name)
     else:
         prompt = check_text(row["prompt"], name, index, "prompt")
