@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import outspoken
-from outspoken.cli import apply, diagnose, explain, gate, rules, train, watch
+from outspoken.cli import apply, diagnose, env, explain, gate, rules, train, watch
 from outspoken.cli.common import CANNOT_JUDGE, CommandError, print_json
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -36,6 +36,7 @@ app.command()(explain.explain)
 app.command()(rules.rules)
 app.command()(apply.apply)
 app.command()(gate.gate)
+app.command()(env.env)
 
 
 def _version(wanted: bool) -> None:

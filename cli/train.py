@@ -51,11 +51,14 @@ def command(method: str) -> Callable[..., None]:
 
 
 def _train(method: str, context: typer.Context, config: str | None, list_fields: bool, json: bool) -> None:
-    from outspoken.cli import training
+    from outspoken.cli import launch, training
 
     if list_fields:
         _print_fields(training.fields_of(method), json)
         return
+    launched = launch.launch(method, config, context.args, json)
+    if launched is not None:
+        raise typer.Exit(launched)
     # What trainers print must not mix with the one document that a program reads.
     with clean_stdout() if json else contextlib.nullcontext():
         result = training.train(method, config, context.args)
@@ -65,7 +68,7 @@ def _train(method: str, context: typer.Context, config: str | None, list_fields:
         print_json(result)
     else:
         _print_result(result)
-    raise typer.Exit(BAD if (result["verdict"] or {}).get("state") == "broken" else FINE)
+    raise typer.Exit(launch.told(BAD if (result["verdict"] or {}).get("state") == "broken" else FINE))
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -21,6 +21,16 @@ _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "
 class ModelAndData:
     """What a run needs beside its trainer's config. Names are TRL's where TRL has one."""
 
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on several processes: an accelerate config file, or the name of one that `outspoken env` lists."
+        },
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "How many processes. Unset: what the accelerate config says, or one."}
+    )
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The model: a folder, or a name on the hub."}
     )
