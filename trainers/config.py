@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -14,6 +14,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from outspoken.trainers.loading import model_id
 
 logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 
 
 class LiveMetadata(dict):
@@ -55,7 +57,7 @@ def live_fields(config: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def as_config(config_class: type, args: Any, model: Any, trainer: str) -> Any:
+def as_config(config_class: type[ConfigT], args: Any, model: Any, trainer: str) -> ConfigT:
     """What the user passed as `args`, as a `config_class`: itself, or one with the fields that both share.
 
     Args:

@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -64,87 +64,10 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
 
-# ---------------------------------------------------------------------- losses
-
-
-@dataclass
-class Pairs:
-    """What the losses compare: B pairs of answers, the chosen ones in the first half of each (2B,) tensor.
-
-    Attributes:
-        logps, ref_logps: log-probabilities of the answers under policy and reference, in nats, (2B,).
-        lengths: scored tokens of the answers, (2B,).
-        args: the `DPOConfig`.
-        shift: of the rewards, for BCO.
-    """
-
-    logps: Tensor
-    ref_logps: Tensor
-    lengths: Tensor
-    args: Any
-    shift: Tensor | float = 0.0
-
-    @cached_property
-    def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """log pi - log pi_ref of the chosen and of the rejected answers, each (B,)."""
-        chosen, rejected = (self.logps - self.ref_logps).chunk(2)
-        return chosen, rejected
-
-    @cached_property
-    def scores(self) -> Tensor:
-        """What the answers are compared by, (2B,): the log-ratios, or those of another divergence than reverse KL."""
-        args = self.args
-        return losses.f_divergence_score(
-            self.logps - self.ref_logps, args.f_divergence_type, args.f_alpha_divergence_coef
-        )
-
-    @cached_property
-    def margin(self) -> Tensor:
-        """Chosen minus rejected score, (B,), with the terms of R-DPO and DPO-Positive where they are on."""
-        args = self.args
-        chosen, rejected = self.scores.chunk(2)
-        margin = chosen - rejected
-        if args.length_alpha:
-            margin = margin + losses.length_margin(*self.lengths.chunk(2), args.length_alpha, args.beta)
-        if args.dpop_lambda:
-            margin = margin - losses.dpop_penalty(self.log_ratios[0], args.dpop_lambda)
-        return margin
-
-    @cached_property
-    def mean_margin(self) -> Tensor:
-        """Chosen minus rejected score per token, (B,)."""
-        chosen, rejected = (self.scores / self.lengths.clamp(min=1)).chunk(2)
-        return chosen - rejected
-
-    @property
-    def policy_margins(self) -> tuple[Tensor, Tensor]:
-        """log pi(chosen) - log pi(rejected) of policy and reference, each (B,)."""
-        policy, reference = (chosen - rejected for chosen, rejected in (self.logps.chunk(2), self.ref_logps.chunk(2)))
-        return policy, reference
-
-
-# `loss_type` -> losses of B pairs, (B,). Beside them there is "sft", which is a sum over tokens.
-PAIR_LOSSES: dict[str, Callable[[Pairs, Any], Tensor]] = {
-    "sigmoid": lambda p, args: losses.sigmoid_loss(p.margin, args.beta, args.label_smoothing),
-    "hinge": lambda p, args: losses.hinge_loss(p.margin, args.beta),
-    "ipo": lambda p, args: losses.ipo_loss(p.mean_margin, args.beta),
-    "exo_pair": lambda p, args: losses.exo_pair_loss(p.margin, args.beta, args.label_smoothing),
-    "nca_pair": lambda p, args: losses.nca_pair_loss(*p.log_ratios, args.beta),
-    "robust": lambda p, args: losses.robust_loss(p.margin, args.beta, args.label_smoothing),
-    "bco_pair": lambda p, args: losses.bco_pair_loss(*p.log_ratios, args.beta, p.shift),
-    "sppo_hard": lambda p, args: losses.sppo_hard_loss(*p.log_ratios, args.beta),
-    "aot": lambda p, args: losses.aot_loss(*p.policy_margins, args.beta, args.label_smoothing),
-    "aot_unpaired": lambda p, args: losses.aot_unpaired_loss(*p.log_ratios, args.beta, args.label_smoothing),
-    "apo_zero": lambda p, args: losses.apo_zero_loss(*p.log_ratios, args.beta),
-    "apo_down": lambda p, args: losses.apo_down_loss(*p.log_ratios, args.beta),
-    "discopop": lambda p, args: losses.discopop_loss(p.margin, args.beta, args.discopop_tau),
-    "sigmoid_norm": lambda p, args: losses.sigmoid_loss(p.mean_margin, args.beta, args.label_smoothing),
-}
-LOSS_TYPES = (*PAIR_LOSSES, "sft")
 _OF_MARGIN = ("sigmoid", "hinge", "exo_pair", "robust", "discopop")
 _OF_SCORES = (*_OF_MARGIN, "ipo", "sigmoid_norm")  # beta log Z(x) cancels, so any f-divergence is possible
 _SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "sigmoid_norm")
-
+LOSS_TYPES = (*losses.PAIR_LOSSES, "sft")
 
 # ---------------------------------------------------------------------- settings
 
@@ -507,7 +430,8 @@ class DPOTrainer(Trainer):
             raise ValueError(
                 "DPOTrainer trains text models only, but the train dataset has a column of images; remove it."
             )
-        if args.sync_ref_model and (peft_config is not None or is_peft_model(model)):
+        adapted = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if args.sync_ref_model and adapted:
             raise ValueError(
                 "`sync_ref_model=True` needs a reference model of its own, but with an adapter the reference is the "
                 "model below it; set it to False."
@@ -640,7 +564,7 @@ class DPOTrainer(Trainer):
         scores, outputs = self._score(model, batch, tuple(want), return_outputs, **router)
         tokens = batch.take(scores.logps)  # (2B, C)
         logps = losses.sequence_logps(tokens, batch.mask, args.ld_alpha)
-        pairs = Pairs(logps, ref_logps, batch.mask.sum(1), args)
+        pairs = losses.Pairs(logps, ref_logps, batch.mask.sum(1), args)
         if args.bco_shift:
             pairs.shift = self._reward_shift(pairs)
         chosen_tokens = tokens[: len(tokens) // 2]
@@ -651,7 +575,7 @@ class DPOTrainer(Trainer):
             if loss_type == "sft":
                 loss = loss - weight * chosen_tokens.sum() / max(counts.chosen_tokens, 1)
                 continue
-            per_pair = PAIR_LOSSES[loss_type](pairs, args)  # (B,)
+            per_pair = losses.PAIR_LOSSES[loss_type](pairs, args)  # (B,)
             if args.use_weighting:
                 per_pair = per_pair * losses.wpo_weights(tokens, batch.take(scores.log_sum_sq_probs), batch.mask)
             loss = loss + weight * per_pair.sum() / counts.pairs
@@ -707,7 +631,7 @@ class DPOTrainer(Trainer):
             )
         return torch.cat([inputs[column] for column in _REFERENCE_LOGPS])
 
-    def _reward_shift(self, pairs: Pairs) -> float:
+    def _reward_shift(self, pairs: losses.Pairs) -> float:
         """BCO's shift, with the rewards of this micro-batch on all processes in it."""
         shift = next(c for c in self.callback_handler.callbacks if isinstance(c, RewardShift))
         if self.model.training:
@@ -719,43 +643,42 @@ class DPOTrainer(Trainer):
     # What is measured
 
     @torch.no_grad()
-    def _measure(self, inputs, batch: AnswerBatch, scores: TokenScores, pairs: Pairs, outputs: Any) -> None:
+    def _measure(self, inputs, batch: AnswerBatch, scores: TokenScores, pairs: losses.Pairs, outputs: Any) -> None:
         """Collect the metrics of a micro-batch from the answers of all processes, in one transfer from the device."""
         training = self.model.training
         ids, present = inputs["input_ids"], inputs["attention_mask"]
         scored = (inputs["completion_mask"] * present)[:, 1:].bool()
         number = len(ids) // 2
         tokens = ids * present
+        taken = {name: batch.take(getattr(scores, name)).sum(1) for name in ("entropy", "mean_logits", "is_top1")}
         columns = {  # each (2B,)
+            **taken,
             "length": pairs.lengths,
             "logps": pairs.logps,
             "log_ratio": pairs.logps - pairs.ref_logps,
-            "entropy": batch.take(scores.entropy).sum(1),
-            "logits": batch.take(scores.mean_logits).sum(1),
-            "correct": batch.take(scores.is_top1).sum(1),
             "present": present.sum(1),
             "truncated": inputs.get("truncated", torch.zeros_like(pairs.lengths)),
             "ended": ends_with(ids[:, 1:], scored, self._end_tokens),
             "identical": (tokens[:number] == tokens[number:]).all(1).repeat(2),
         }
         rows = torch.stack([column.float() for column in columns.values()], dim=1).unflatten(0, (2, number))
-        gathered = gather_rows(self.accelerator, rows.transpose(0, 1)).double().cpu()  # (pairs, 2, columns)
-        found = dict(zip(columns, gathered.unbind(2)))  # each (pairs, 2): chosen, rejected
-        rewards, length = self.args.beta * found["log_ratio"], found["length"]
+        gathered = gather_rows(self.accelerator, rows.transpose(0, 1)).double().cpu().numpy()  # (pairs, 2, columns)
+        found = dict(zip(columns, np.moveaxis(gathered, 2, 0)))  # each (pairs, 2): chosen, rejected
+        length, rewards = found["length"], self.args.beta * found["log_ratio"]
+        margins = rewards[:, 0] - rewards[:, 1]
 
         metrics = self._metrics["train" if training else "eval"]
         for side, name in enumerate(("chosen", "rejected")):
-            metrics[f"rewards/{name}"].append(rewards[:, side].mean().item())
-            metrics[f"logps/{name}"].append(found["logps"][:, side].mean().item())
+            metrics[f"rewards/{name}"].append(rewards[:, side].mean())
+            metrics[f"logps/{name}"].append(found["logps"][:, side].mean())
             if length[:, side].any():
-                metrics[f"logits/{name}"].append((found["logits"][:, side].sum() / length[:, side].sum()).item())
-        margins = rewards[:, 0] - rewards[:, 1]
-        metrics["rewards/accuracies"].append((margins > 0).double().mean().item())
-        metrics["rewards/margins"].append(margins.mean().item())
+                metrics[f"logits/{name}"].append(found["mean_logits"][:, side].sum() / length[:, side].sum())
+        metrics["rewards/accuracies"].append((margins > 0).mean())
+        metrics["rewards/margins"].append(margins.mean())
         if length.any():
-            metrics["entropy"].append((found["entropy"].sum() / length.sum()).item())
+            metrics["entropy"].append(found["entropy"].sum() / length.sum())
         if length[:, 0].any():
-            metrics["mean_token_accuracy"].append((found["correct"][:, 0].sum() / length[:, 0].sum()).item())
+            metrics["mean_token_accuracy"].append(found["is_top1"][:, 0].sum() / length[:, 0].sum())
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
         if training:
@@ -764,13 +687,13 @@ class DPOTrainer(Trainer):
             self._record(found, margins)
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
 
-    def _record(self, found: dict[str, Tensor], margins: Tensor) -> None:
+    def _record(self, found: dict[str, np.ndarray], margins: np.ndarray) -> None:
         """Hand over what is no metric of TRL's."""
         length, count = found["length"], self.recorder.count
         scored = length > 0
-        count("samples/no_supervised", (~scored).sum(), length.numel())
+        count("samples/no_supervised", (~scored).sum(), length.size)
         count("samples/supervised_eos", found["ended"].sum(), scored.sum())
-        count("samples/truncated", found["truncated"].sum(), length.numel())
+        count("samples/truncated", found["truncated"].sum(), length.size)
         count("tokens/supervised_share", length.sum(), found["present"].sum())
         count("pairs/identical", found["identical"][:, 0].sum(), len(length))
         for side, name in enumerate(("chosen", "rejected")):
@@ -782,8 +705,8 @@ class DPOTrainer(Trainer):
             self.recorder.set("rewards/length_correlation", correlation[0])
             self.recorder.set("rewards/length_correlation#n", correlation[1])
         if self.state.global_step == 0 and scored.any():  # no update yet: the policy should be its reference
-            gap = (found["log_ratio"][scored] / length[scored]).abs().max().item()
-            self._initial_gap = max(gap, self._initial_gap)
+            gaps = np.abs(found["log_ratio"][scored] / length[scored])
+            self._initial_gap = max(float(gaps.max()), self._initial_gap)
             self.recorder.set("reference/initial_gap", self._initial_gap)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

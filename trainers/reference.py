@@ -64,7 +64,7 @@ def make_reference(
     if is_peft_model(model):
         config = model.peft_config[str(model.active_adapter)]
         changed_base = str(getattr(config, "init_lora_weights", "")).lower().startswith(_CHANGES_BASE)
-        if is_peft_model(source) or changed_base:
+        if changed_base or (not isinstance(source, str) and is_peft_model(source)):
             _add_reference_adapter(model)
         return None
     obstacle = _why_not_copied(model)

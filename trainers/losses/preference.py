@@ -7,6 +7,10 @@ are the log-ratios, see `f_divergence_score` for others. Each loss gives one num
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,3 +226,80 @@ def wpo_weights(logps: Tensor, log_sum_sq_probs: Tensor, mask: Tensor) -> Tensor
         aligned = ((logps - log_sum_sq_probs) * mask).sum(1) / mask.sum(1).clamp(min=1)
         chosen, rejected = aligned.exp().chunk(2)
         return chosen * rejected
+
+
+# ---------------------------------------------------------------------- by name
+
+
+@dataclass
+class Pairs:
+    """What the losses compare: B pairs of answers, the chosen ones in the first half of each (2B,) tensor.
+
+    Attributes:
+        logps, ref_logps: log-probabilities of the answers under policy and reference, in nats, (2B,).
+        lengths: scored tokens of the answers, (2B,).
+        args: the `DPOConfig`.
+        shift: of the rewards, for BCO.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor
+    lengths: Tensor
+    args: Any
+    shift: Tensor | float = 0.0
+
+    @cached_property
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """log pi - log pi_ref of the chosen and of the rejected answers, each (B,)."""
+        chosen, rejected = (self.logps - self.ref_logps).chunk(2)
+        return chosen, rejected
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """What the answers are compared by, (2B,): the log-ratios, or those of another divergence than reverse KL."""
+        args = self.args
+        return f_divergence_score(self.logps - self.ref_logps, args.f_divergence_type, args.f_alpha_divergence_coef)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """Chosen minus rejected score, (B,), with the terms of R-DPO and DPO-Positive where they are on."""
+        args = self.args
+        chosen, rejected = self.scores.chunk(2)
+        margin = chosen - rejected
+        if args.length_alpha:
+            chosen_lengths, rejected_lengths = self.lengths.chunk(2)
+            margin = margin + length_margin(chosen_lengths, rejected_lengths, args.length_alpha, args.beta)
+        if args.dpop_lambda:
+            margin = margin - dpop_penalty(self.log_ratios[0], args.dpop_lambda)
+        return margin
+
+    @cached_property
+    def mean_margin(self) -> Tensor:
+        """Chosen minus rejected score per token, (B,)."""
+        chosen, rejected = (self.scores / self.lengths.clamp(min=1)).chunk(2)
+        return chosen - rejected
+
+    @property
+    def policy_margins(self) -> tuple[Tensor, Tensor]:
+        """log pi(chosen) - log pi(rejected) of policy and reference, each (B,)."""
+        policy, reference = (chosen - rejected for chosen, rejected in (self.logps.chunk(2), self.ref_logps.chunk(2)))
+        return policy, reference
+
+
+# `loss_type` -> losses of B pairs, (B,), read from pairs and config. ("sft" is not among them: it is a sum over tokens.)
+PAIR_LOSSES: dict[str, Callable[[Pairs, Any], Tensor]] = {
+    "sigmoid": lambda p, args: sigmoid_loss(p.margin, args.beta, args.label_smoothing),
+    "hinge": lambda p, args: hinge_loss(p.margin, args.beta),
+    "ipo": lambda p, args: ipo_loss(p.mean_margin, args.beta),
+    "exo_pair": lambda p, args: exo_pair_loss(p.margin, args.beta, args.label_smoothing),
+    "nca_pair": lambda p, args: nca_pair_loss(*p.log_ratios, args.beta),
+    "robust": lambda p, args: robust_loss(p.margin, args.beta, args.label_smoothing),
+    "bco_pair": lambda p, args: bco_pair_loss(*p.log_ratios, args.beta, p.shift),
+    "sppo_hard": lambda p, args: sppo_hard_loss(*p.log_ratios, args.beta),
+    "aot": lambda p, args: aot_loss(*p.policy_margins, args.beta, args.label_smoothing),
+    "aot_unpaired": lambda p, args: aot_unpaired_loss(*p.log_ratios, args.beta, args.label_smoothing),
+    "apo_zero": lambda p, args: apo_zero_loss(*p.log_ratios, args.beta),
+    "apo_down": lambda p, args: apo_down_loss(*p.log_ratios, args.beta),
+    "discopop": lambda p, args: discopop_loss(p.margin, args.beta, args.discopop_tau),
+    "sigmoid_norm": lambda p, args: sigmoid_loss(p.mean_margin, args.beta, args.label_smoothing),
+}
