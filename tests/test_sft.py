@@ -78,17 +78,28 @@ COLUMNS = "it needs 'text' (set by `dataset_text_field`), 'messages', or 'prompt
         (
             [{"text": "a"}, {"text": None}],
             {},
-            "Row 1 of the train dataset, column 'text': expected text, found nothing (None); fix or drop the row.",
+            "Row 1 of the train dataset, column 'text': expected text, found nothing (None); fill or drop the row.",
+        ),
+        (
+            [{"text": "a"}, {"text": " "}],
+            {},
+            "Row 1 of the train dataset, column 'text': the text is empty; fill or drop the row.",
+        ),
+        (
+            [{"prompt": "a", "completion": ""}],
+            {},
+            "Row 0 of the train dataset, column 'completion': the text is empty; fill or drop the row.",
         ),
         (
             [{"text": 3}],
             {},
-            "Row 0 of the train dataset, column 'text': expected text, found a int; fix or drop the row.",
+            "Row 0 of the train dataset, column 'text': expected text or a list of messages, found an integer; convert the "
+            "column.",
         ),
         (
             [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}],
             {},
-            "Row 1 of the train dataset, column 'completion': expected text, found nothing (None); fix or drop the "
+            "Row 1 of the train dataset, column 'completion': expected text, found nothing (None); fill or drop the "
             "row.",
         ),
         (
@@ -99,14 +110,14 @@ COLUMNS = "it needs 'text' (set by `dataset_text_field`), 'messages', or 'prompt
         (
             [{"messages": [{"role": None, "content": "a"}]}],
             {},
-            "Row 0 of the train dataset, column 'messages': message 0 has no role; give every message a 'role' and a "
+            "Row 0 of the train dataset, column 'messages': a message has no role; give every message a 'role' and a "
             "'content'.",
         ),
         (
             [{"messages": [CHAT[0], {"role": "assistant", "content": None}]}],
             {},
-            "Row 0 of the train dataset, column 'messages': message 1 (role 'assistant') has neither content nor tool "
-            "calls; fill its 'content' or drop the row.",
+            "Row 0 of the train dataset, column 'messages': a message has neither content nor tool calls; fill its "
+            "'content' or drop the row.",
         ),
         (
             [{"messages": CHAT, "tools": "[oops"}],

@@ -21,7 +21,7 @@ PAIRS = [
     {"prompt": "What color is the sky?", "completion": " It is blue."},
     {"prompt": "What is 2 + 2?", "completion": " It is 4, and that is all there is to say about it."},
     {"prompt": "The grass is", "completion": " green."},
-    {"prompt": "Say nothing", "completion": ""},
+    {"prompt": "Say nothing", "completion": "."},
     {"prompt": "Say", "completion": " a b c d e f g"},
 ]
 
