@@ -49,6 +49,7 @@ from outspoken.trainers.data.supervised import SupervisedFormat, prepare_supervi
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses.supervised import dft_loss, nll_loss, smoothed_nll_loss
 from outspoken.trainers.measuring import end_token_ids, ends_with, sum_over_processes
+from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.setup import (
     AnyDataset,
     Datasets,
@@ -247,7 +248,7 @@ class DataCollatorForLanguageModeling:
         return batch
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(ModelCardMixin, Trainer):
     """Trains a causal language model on texts, prompts with completions, or conversations.
 
     >>> from outspoken import SFTConfig, SFTTrainer
