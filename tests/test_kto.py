@@ -253,8 +253,8 @@ def test_loss_and_gradients_are_the_papers_formula(build, tiny_model_factory, si
     assert metrics["kl"] == pytest.approx([z0], rel=1e-5, abs=1e-6)
     if size == 4:
         assert z0 > 0
-        assert metrics["rewards/chosen"] == pytest.approx([0.3 * (ratios[0] + ratios[2]) / 2], rel=1e-4)
-        assert metrics["rewards/rejected"] == pytest.approx([0.3 * (ratios[1] + ratios[3]) / 2], rel=1e-4)
+        assert metrics["rewards/chosen"] == pytest.approx([0.3 * ratios[0], 0.3 * ratios[2]], rel=1e-4)
+        assert metrics["rewards/rejected"] == pytest.approx([0.3 * ratios[1], 0.3 * ratios[3]], rel=1e-4)
 
 
 def test_loss_does_not_depend_on_the_order_of_a_batch_but_through_its_pairs(build, tiny_model_factory):
@@ -326,9 +326,7 @@ def test_precomputed_reference_trains_shuffled_and_is_found_again(build, tiny_mo
     trainer.train()
     assert trainer.state.log_history[-2]["rewards/chosen"] != 0
     assert trainer.evaluate()["eval_b_loss"] != 0.5
-    with pytest.raises(
-        ValueError, match=r"^With `precompute_ref_log_probs=True` no reference model is held, so a new"
-    ):
+    with pytest.raises(ValueError, match=r"^The reference is the model before training, which is not held under `pre"):
         trainer.evaluate(Dataset.from_list(ROWS))
 
     again = build(Dataset.load_from_disk(path), config, ref_model=tiny_model_factory())
@@ -473,6 +471,23 @@ def test_rows_tokenized_already_are_taken_as_they_are(build):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.5)
     trainer.evaluate(trainer.train_dataset)  # prepared once, it may be given again
+
+
+def test_a_text_prompt_beside_conversations_is_replaced(build, tiny_tokenizer):
+    def says(role, text):
+        return {"role": role, "content": text}
+
+    rows = [
+        {
+            "prompt": f"Say {i}",
+            "chosen": [says("user", f"Say {i}"), says("assistant", f"{i}")],
+            "rejected": [says("user", f"Say {i}"), says("assistant", "no")],
+        }
+        for i in range(2)
+    ]
+    row = build(rows).train_dataset[1]
+    assert tiny_tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nSay 1<|im_end|>\n<|im_start|>assistant\n"
+    assert tiny_tokenizer.decode(row["completion_ids"]) == "1<|im_end|>\n"
 
 
 def test_pairs_become_two_rows(build, tiny_tokenizer):
@@ -628,7 +643,7 @@ def test_argument_mistakes(build, tiny_model_factory):
         build(Dataset.from_list(ROWS).with_transform(lambda batch: batch))
     plain = DataCollatorForUnpairedPreference(1, calculate_kl=False)
     with pytest.raises(
-        ValueError, match=r"^The batch has no KL_input_ids, which `loss_type='kto'` needs; let `data_c"
+        ValueError, match=r"^The batch has no 'KL_input_ids', which `loss_type='kto'` needs; let `data_"
     ):
         build(config={"max_steps": 1}, data_collator=plain).train()
 
@@ -692,15 +707,6 @@ def test_other_libraries_arguments_are_converted(common, tiny_model_factory, tin
         )
         assert type(trainer.args) is KTOConfig
         assert trainer.args.beta == getattr(args, "beta", 0.1)
-
-
-def test_liger_applies_its_layers_only(build, monkeypatch):
-    trainer = build()
-    args = KTOConfig(**{**trainer.args.to_dict(), "use_liger_kernel": True, "liger_kernel_config": {"rope": False}})
-    trainer = KTOTrainer(
-        trainer.model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=trainer.processing_class
-    )
-    assert trainer.args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
 
 
 def test_activation_offloading_gives_the_same_weights(build, monkeypatch):
@@ -783,6 +789,44 @@ def test_evaluation_does_not_count_as_training(build):
     assert found["eval_num_tokens"] == 0
     assert {"eval_loss", "eval_kl", "eval_rewards/chosen", "eval_logps/rejected", "eval_entropy"} <= {*found}
     assert trainer.recorder.take().signals == {}
+
+
+def test_metrics_are_means_over_rows_however_they_fall_into_batches(build, tiny_model_factory):
+    labels = [True, True, False, True, False, False]
+    rows = [{**row, "label": label} for row, label in zip(ROWS, labels)]
+    logs = []
+    for size in (1, 4, 6):
+        config = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": size}
+        found = build(rows, config, ref_model=tiny_model_factory(seed=3)).evaluate(Dataset.from_list(rows))
+        logs.append({key: value for key, value in found.items() if "rewards" in key or "logps" in key})
+    assert "eval_rewards/margins" in logs[0]  # though no batch of one row has both kinds
+    for log in logs[1:]:
+        assert log == pytest.approx(logs[0], rel=1e-5)
+    margin = logs[0]["eval_rewards/chosen"] - logs[0]["eval_rewards/rejected"]
+    assert logs[0]["eval_rewards/margins"] == pytest.approx(margin)
+
+
+def test_rows_weigh_the_same_in_micro_batches_of_different_sizes(build, tiny_model_factory):
+    """Three rows in micro-batches of 2 and 1: the gradient is that of their mean, not of a mean of means."""
+    config = {
+        "loss_type": "apo_zero_unpaired", "gradient_accumulation_steps": 2, "num_train_epochs": 1, "optim": "sgd",
+        "learning_rate": 0.1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    trainer = build(ROWS[:3], config, ref_model=tiny_model_factory(seed=3))
+    rows = list(trainer.train_dataset)
+    trainer.train()
+    policy, reference = tiny_model_factory(), tiny_model_factory(seed=3)
+    terms = []
+    for row in rows:
+        pair = row["prompt_ids"], row["completion_ids"]
+        ratio = _log_prob(policy, *pair) - _log_prob(reference, *pair).detach()
+        terms.append(torch.sigmoid((-0.1 if row["label"] else 0.1) * ratio))
+    loss = sum(terms) / 3
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    trained = dict(trainer.model.named_parameters())
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(trained[name], parameter - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_of_one_kind_logs_nothing_of_the_other(build):

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -38,15 +39,10 @@ from outspoken.trainers.data.unpaired import (
     prepare_unpaired,
     spare_rows,
 )
-from outspoken.trainers.logprobs import (
-    IGNORE_INDEX,
-    TokenScores,
-    label_scores,
-    scores_from_logits,
-    shift_labels,
-)
+from outspoken.trainers.logprobs import IGNORE_INDEX, TokenScores, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses.kto import apo_zero_unpaired_loss, kto_loss, reference_point
-from outspoken.trainers.measuring import RecentCorrelation, end_token_ids, ends_with, gather_rows
+from outspoken.trainers.measuring import RecentCorrelation, end_token_ids, ends_with, gather_rows, sum_over_processes
+from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import (
     given_reference,
     make_reference,
@@ -62,6 +58,7 @@ from outspoken.trainers.setup import (
     finish_setup,
     map_datasets,
     parse_pad_to_multiple_of,
+    prepare_liger,
     prepare_model,
     prepare_processing,
     set_up_router_loss,
@@ -194,7 +191,7 @@ class DataCollatorForUnpairedPreference:
         if self.max_length is not None:
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions)]
             batch["truncated"] = torch.tensor(lengths) > self.max_length
-        for column in ("ref_logps", "ref_KL_logps"):
+        for column in _REFERENCE_LOGPS:
             if column in rows[0]:
                 batch[column] = torch.tensor([row[column] for row in rows])
         return batch
@@ -210,7 +207,10 @@ class DataCollatorForUnpairedPreference:
         }
 
 
-class KTOTrainer(Trainer):
+_REFERENCE_LOGPS = ("ref_logps", "ref_KL_logps")
+
+
+class KTOTrainer(ModelCardMixin, Trainer):
     """Trains a causal language model on answers of which each is marked as desirable or not.
 
     >>> from outspoken import KTOConfig, KTOTrainer
@@ -269,7 +269,8 @@ class KTOTrainer(Trainer):
             raise ValueError(
                 "KTOTrainer trains text models only, but the train dataset has a column of images; remove it."
             )
-        if args.sync_ref_model and (peft_config is not None or is_peft_model(model)):
+        adapted = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if args.sync_ref_model and adapted:
             raise ValueError(
                 "`sync_ref_model=True` needs a reference model of its own, but with an adapter the reference is the "
                 "model below it; set it to False."
@@ -293,9 +294,12 @@ class KTOTrainer(Trainer):
                 calculate_kl=args.loss_type == "kto",
                 spares=self._spares,
             )
+        prepare_liger(args)
         loaded = prepare_model(
             model, args, processing, peft_config=peft_config, quantization_config=quantization_config
         )
+        self.router_aux_loss_coef = set_up_router_loss(loaded, args.router_aux_loss_coef)
+        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
         self.ref_model: Any = None
         if ref_model is not None:
             self.ref_model = given_reference(ref_model, model, args)
@@ -313,11 +317,7 @@ class KTOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.use_liger_kernel:  # its layers only: a fused loss would take the place of the model's forward
-            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over rows, averaged over micro-batches
-        self.router_aux_loss_coef = set_up_router_loss(self.model, args.router_aux_loss_coef)
-        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by what `_get_num_items_in_batch` counts
         if self.ref_model is not None:
             self.ref_model = prepare_reference(self.ref_model, self.accelerator, self)
         if args.sync_ref_model:
@@ -350,13 +350,7 @@ class KTOTrainer(Trainer):
                     "stream; pass a datasets.Dataset, or set it to False."
                 )
             if args.loss_type == "kto":
-                self._spares = self._spares or spare_rows(dataset, args.seed)
-                if len(self._spares) < 2:
-                    raise ValueError(
-                        f"`loss_type='kto'` needs completions to other prompts, but all rows of the {name} dataset "
-                        "that were looked at have the same completion; use `loss_type='apo_zero_unpaired'`, or add "
-                        "other completions."
-                    )
+                self._spares = self._spares or spare_rows(dataset, args.seed, name)
                 if args.precompute_ref_log_probs:
                     dataset = fix_mismatched_completions(dataset, self._spares, args.dataset_num_proc)
         return dataset, facts
@@ -366,47 +360,64 @@ class KTOTrainer(Trainer):
         if "ref_logps" in dataset.column_names:
             return dataset
         self._set_signature_columns_if_needed()
-        train = name == "train"
-        batch_size = self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size
+        args = self.args
+        batch_size = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
 
         def score(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = {"ref_logps": self._answer_logps(model, batch)}
-            if self.args.loss_type == "kto":
-                found["ref_KL_logps"] = self._answer_logps(model, batch, "KL_")
-            return found
+            both = zip(_REFERENCE_LOGPS, self._both_logps(model, batch))
+            return {column: logps for column, logps in both if logps is not None}
 
-        return precompute(self, dataset, name, self.args.precompute_ref_batch_size or batch_size, score)
+        return precompute(self, dataset, name, args.precompute_ref_batch_size or batch_size, score)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            columns = ["prompt_ids", "completion_ids", "KL_completion_ids", "label", "ref_logps", "ref_KL_logps"]
+            columns = ["prompt_ids", "completion_ids", "KL_completion_ids", "label", *_REFERENCE_LOGPS]
             self._signature_columns = [*columns, self.args.length_column_name]
+
+    # The loss
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Count the rows of an optimizer step on all processes: each weighs the same, whatever its micro-batch."""
+        return sum_over_processes(self.accelerator, device, rows=sum(len(b["label"]) for b in batch_samples))["rows"]
+
+    def _prepare_inputs(self, inputs):
+        # DeepSpeed rounds what is no integer to the precision of the weights, in which hundreds of nats are whole nats.
+        exact = {key: value for key, value in inputs.items() if key in _REFERENCE_LOGPS}
+        prepared = super()._prepare_inputs({key: value for key, value in inputs.items() if key not in exact})
+        return {**prepared, **{key: value.to(self.args.device) for key, value in exact.items()}}
 
     def training_step(self, *args, **kwargs):
         with offload_activations(self.model) if self.args.activation_offloading else nullcontext():
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean loss of a micro-batch, a scalar; with `return_outputs`, also the model's output, full logits in it."""
+        """The loss of a micro-batch, a scalar: its share of the mean over all rows of the optimizer step.
+
+        With `return_outputs`, also the model's output with its full logits.
+        """
         args = self.args
         desirable = inputs["label"].bool()  # (B,)
         with torch.no_grad():
             kl_logps = self._answer_logps(model, inputs, "KL_") if args.loss_type == "kto" else None  # (B,)
+        ref_logps, ref_kl_logps = self._reference_logps(inputs)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         want = ("entropy", "mean_logits")
         scores, outputs = self._score(model, inputs, want=want, full_logits=return_outputs, **router)
-        logps = scores.logps.sum(1)  # (B,)
-        ref_logps, ref_kl_logps = self._reference_logps(inputs)
-        log_ratios = logps - ref_logps
+        log_ratios = scores.logps.sum(1) - ref_logps  # (B,)
         weights = (args.beta, args.desirable_weight, args.undesirable_weight)
         z0 = None
         if kl_logps is not None:
             z0 = self._reference_point(kl_logps - ref_kl_logps)
-            loss = kto_loss(log_ratios, desirable, z0, *weights).mean()
+            losses = kto_loss(log_ratios, desirable, z0, *weights)  # (B,)
         else:
-            loss = apo_zero_unpaired_loss(log_ratios, desirable, *weights).mean()
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            losses = apo_zero_unpaired_loss(log_ratios, desirable, *weights)
+        if num_items_in_batch is None:
+            loss, steps = losses.mean(), 1
+        else:
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch  # gradients are averaged
+            steps = self.current_gradient_accumulation_steps
+        if self.aux_loss_enabled:  # a mean over the micro-batch
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._measure(inputs, scores, log_ratios, z0, outputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -433,26 +444,30 @@ class KTOTrainer(Trainer):
 
     def _answer_logps(self, model: Any, inputs: Mapping[str, Tensor], prefix: str = "") -> Tensor:
         """Log-probability of each row's completion, (B,), in nats."""
-        if f"{prefix}input_ids" not in inputs:
-            raise ValueError(
-                f"The batch has no {prefix}input_ids, which `loss_type={self.args.loss_type!r}` needs; let "
-                "`data_collator` make it, or leave that argument out."
-            )
+        _need(inputs, f"{prefix}input_ids", f"`loss_type={self.args.loss_type!r}`")
         return self._score(model, inputs, prefix)[0].logps.sum(1)
 
+    def _both_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What a model says about the completions and, for KTO, about the mismatched ones: each (B,)."""
+        kto = self.args.loss_type == "kto"
+        return self._answer_logps(model, inputs), self._answer_logps(model, inputs, "KL_") if kto else None
+
     def _reference_logps(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What the reference says about the completions and, for KTO, about the mismatched ones: each (B,)."""
-        if self.args.precompute_ref_log_probs:
-            return inputs["ref_logps"], inputs.get("ref_KL_logps")
-        with reference_policy(self) as model:
-            mismatched = self._answer_logps(model, inputs, "KL_") if self.args.loss_type == "kto" else None
-            return self._answer_logps(model, inputs), mismatched
+        """The same of the reference."""
+        if not self.args.precompute_ref_log_probs:
+            with reference_policy(self) as model:
+                return self._both_logps(model, inputs)
+        for key in _REFERENCE_LOGPS if self.args.loss_type == "kto" else _REFERENCE_LOGPS[:1]:
+            _need(inputs, key, "`precompute_ref_log_probs=True`")
+        return inputs["ref_logps"], inputs.get("ref_KL_logps")
 
     def _reference_point(self, log_ratios: Tensor) -> Tensor:
         """z0 from the mismatched pairs of all processes."""
         gathered: Any = self.accelerator.gather(torch.stack([log_ratios.sum(), torch.ones_like(log_ratios).sum()]))
         total, count = gathered.view(-1, 2).sum(0)
         return reference_point(total, count)
+
+    # What is measured
 
     @torch.no_grad()
     def _measure(self, inputs, scores: TokenScores, log_ratios: Tensor, z0: Tensor | None, outputs: Any) -> None:
@@ -461,35 +476,32 @@ class KTOTrainer(Trainer):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
         ended = ends_with(shift_labels(labels, scores.mask.size(1) + 1), scores.mask, self._end_tokens)
         columns = {
-            "desirable": inputs["label"],
-            "log_ratio": log_ratios,
-            "logps": scores.logps.sum(1),
+            **{name: getattr(scores, name).sum(1) for name in ("logps", "entropy", "mean_logits")},
             "length": scores.mask.sum(1),
-            "entropy": scores.entropy.sum(1),
-            "logits": scores.mean_logits.sum(1),
+            "log_ratio": log_ratios,
+            "desirable": inputs["label"],
             "present": inputs["attention_mask"].sum(1),
             "truncated": inputs.get("truncated", torch.zeros_like(ended)),
             "ended": ended,
         }
         rows = gather_rows(self.accelerator, torch.stack([column.float() for column in columns.values()], dim=1))
-        found = dict(zip(columns, rows.double().cpu().unbind(1)))  # each (N,), N rows of all processes
-        rewards, length = self.args.beta * found["log_ratio"], found["length"]
+        found = dict(zip(columns, rows.double().cpu().numpy().T))  # each (N,), N rows of all processes
+        length, rewards = found["length"], self.args.beta * found["log_ratio"]
         sides = {"chosen": found["desirable"] == 1, "rejected": found["desirable"] == 0}
 
         metrics = self._metrics["train" if training else "eval"]
         for name, side in sides.items():
-            if side.any():
-                metrics[f"rewards/{name}"].append(rewards[side].mean().item())
-                metrics[f"logps/{name}"].append(found["logps"][side].mean().item())
+            if side.any():  # each row counts the same, however many of its kind a batch has
+                metrics[f"rewards/{name}"].extend(rewards[side].tolist())
+                metrics[f"logps/{name}"].extend(found["logps"][side].tolist())
             if length[side].any():
-                metrics[f"logits/{name}"].append((found["logits"][side].sum() / length[side].sum()).item())
+                metrics[f"logits/{name}"].append(found["mean_logits"][side].sum() / length[side].sum())
         if all(side.any() for side in sides.values()):
-            margin = rewards[sides["chosen"]].mean() - rewards[sides["rejected"]].mean()
-            metrics["rewards/margins"].append(margin.item())
+            metrics["rewards/margins"].append(rewards[sides["chosen"]].mean() - rewards[sides["rejected"]].mean())
         if z0 is not None:
             metrics["kl"].append(z0.item())
         if length.any():
-            metrics["entropy"].append((found["entropy"].sum() / length.sum()).item())
+            metrics["entropy"].append(found["entropy"].sum() / length.sum())
         if self.aux_loss_enabled:
             metrics["aux_loss"].append(self.accelerator.gather(outputs.aux_loss.detach()).mean().item())
         if training:
@@ -498,7 +510,7 @@ class KTOTrainer(Trainer):
             self._record(found, rewards, sides)
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
 
-    def _record(self, found: dict[str, Tensor], rewards: Tensor, sides: dict[str, Tensor]) -> None:
+    def _record(self, found: dict[str, np.ndarray], rewards: np.ndarray, sides: dict[str, np.ndarray]) -> None:
         """Hand over what is no metric of TRL's."""
         length, count = found["length"], self.recorder.count
         scored = length > 0
@@ -516,8 +528,8 @@ class KTOTrainer(Trainer):
             self.recorder.set("rewards/length_correlation", correlation[0])
             self.recorder.set("rewards/length_correlation#n", correlation[1])
         if self.state.global_step == 0 and scored.any():  # no update yet: the policy should be its reference
-            gap = (found["log_ratio"][scored] / length[scored]).abs().max().item()
-            self._initial_gap = max(gap, self._initial_gap)
+            gaps = np.abs(found["log_ratio"][scored] / length[scored])
+            self._initial_gap = max(float(gaps.max()), self._initial_gap)
             self.recorder.set("reference/initial_gap", self._initial_gap)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -533,12 +545,6 @@ class KTOTrainer(Trainer):
         """Evaluate; a dataset given here is prepared like those given to the trainer."""
         # Of a dict, `Trainer` evaluates one dataset after the other, here.
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
-            trained = self.state.global_step > 0 and not is_peft_model(self.model)
-            if self.args.precompute_ref_log_probs and self.ref_model is None and trained:
-                raise ValueError(
-                    "With `precompute_ref_log_probs=True` no reference model is held, so a new dataset cannot be "
-                    "evaluated once the policy has trained; pass it as `eval_dataset` to the trainer, or a `ref_model`."
-                )
             eval_dataset, _ = self._prepare(eval_dataset, "eval", self.args, self.processing_class)
             if self.args.precompute_ref_log_probs:
                 eval_dataset = self._ask_reference(eval_dataset, "eval")
@@ -546,4 +552,17 @@ class KTOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         add_metrics(self, logs)
+        chosen, rejected, margins = (
+            f"{'' if self.model.training else 'eval_'}rewards/{name}" for name in ("chosen", "rejected", "margins")
+        )
+        if chosen in logs and rejected in logs:  # over all rows, also where no micro-batch had both kinds
+            logs[margins] = logs[chosen] - logs[rejected]
         super().log(logs, start_time)
+
+
+def _need(inputs: Mapping[str, Tensor], key: str, what: str) -> None:
+    if key not in inputs:
+        raise ValueError(
+            f"The batch has no {key!r}, which {what} needs; let `data_collator` make it or pass it on, or leave that "
+            "argument out."
+        )

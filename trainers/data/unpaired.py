@@ -4,7 +4,7 @@ and completions put behind other rows' prompts, from which KTO estimates its ref
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from outspoken.trainers.data.checks import UNPAIRED, check_rows
 from outspoken.trainers.data.formats import (
     column_names,
     extract_prompt,
+    first_row,
     is_messages,
     maybe_unpair_preference_dataset,
     where,
@@ -60,13 +61,16 @@ def prepare_unpaired(
     Raises:
         ValueError: naming the column, the row and the remedy.
     """
-    check_rows(dataset, name, UNPAIRED, "KTOTrainer")
     streaming = not isinstance(dataset, Dataset)
     if not streaming and dataset.format["type"] == "custom":
         raise ValueError(
             f"The {name} dataset has a transform (`with_transform`), which would be frozen into its tokens; apply it "
             "with `Dataset.map` first."
         )
+    row = first_row(dataset, name)
+    if isinstance(row.get("prompt"), str) and is_messages(row.get("chosen")):
+        dataset = dataset.remove_columns("prompt")  # as text, beside conversations that begin with it (UltraFeedback)
+    check_rows(dataset, name, UNPAIRED, "KTOTrainer")
     if not streaming:
         dataset = dataset.with_format(None)
     columns = column_names(dataset, name)
@@ -206,12 +210,16 @@ def _key(row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(row["prompt_ids"]), tuple(row["completion_ids"])
 
 
-def spare_rows(dataset: Dataset | IterableDataset, seed: int) -> list[dict[str, list[int]]]:
+def spare_rows(dataset: Dataset | IterableDataset, seed: int, name: str = "train") -> list[dict[str, list[int]]]:
     """Up to 256 rows with different completions, for rows that find none in their batch: drawn with `seed`, of a stream
-    the first ones."""
+    the first ones.
+
+    Raises:
+        ValueError: there are not two different completions.
+    """
     if isinstance(dataset, Dataset):
         ids = dataset.select_columns(["prompt_ids", "completion_ids"])
-        rows = (ids[int(i)] for i in np.random.default_rng(seed).permutation(len(ids))[:_DRAWS])
+        rows: Iterator[Row] = (ids[int(i)] for i in np.random.default_rng(seed).permutation(len(ids))[:_DRAWS])
     else:
         rows = itertools.islice(iter(dataset), SPARE_ROWS)
     found: dict[tuple[int, ...], dict[str, list[int]]] = {}
@@ -219,6 +227,11 @@ def spare_rows(dataset: Dataset | IterableDataset, seed: int) -> list[dict[str, 
         found.setdefault(tuple(row["completion_ids"]), {key: row[key] for key in ("prompt_ids", "completion_ids")})
         if len(found) == SPARE_ROWS:
             break
+    if len(found) < 2:
+        raise ValueError(
+            f"`loss_type='kto'` needs completions to other prompts, but all rows of the {name} dataset that were looked "
+            "at have the same completion; use `loss_type='apo_zero_unpaired'`, or add other completions."
+        )
     return list(found.values())
 
 
