@@ -109,6 +109,26 @@ def test_what_stays(packed):
     assert [shape for shape, _ in packed] == [(64, 64), (64, 64)]
 
 
+def test_what_a_backward_pass_computes_anew_stays(packed):
+    class Anew(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin().exp().sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                x = ctx.saved_tensors[0].detach().requires_grad_()
+                return torch.autograd.grad(x.sin().exp().sum(), x)[0] * grad
+
+    x = torch.randn(64, 64, requires_grad=True)
+    with offload_activations(nn.Linear(1, 1), cpu_too=True):
+        Anew.apply(x).backward()
+    assert [shape for shape, _ in packed] == [(64, 64)]  # what the forward pass kept, not the two of the backward pass
+    torch.testing.assert_close(x.grad, x.detach().cos() * x.detach().sin().exp())
+
+
 def test_on_the_cpu_nothing_travels(tiny_model_factory, packed):
     model = tiny_model_factory()
     ids = torch.arange(4, 68).view(2, 32)

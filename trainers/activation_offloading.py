@@ -24,8 +24,8 @@ def offload_activations(
 ) -> Iterator[None]:
     """While open, tensors that autograd keeps for the backward pass are kept in host memory.
 
-    Open it around the forward pass; the backward pass may come after it is closed, as may several. Left where they are:
-    parameters and buffers of `model`, tensors below `min_bytes`, tensors already on the CPU, subclasses of `Tensor`
+    Open it around the forward pass. The backward pass, or several, may come after it is closed or before. Left where they
+    are: parameters and buffers of `model`, tensors below `min_bytes`, tensors already on the CPU, subclasses of `Tensor`
     (sharded or quantized ones), and views that show a smaller storage several times.
 
     >>> with offload_activations(model):  # doctest: +SKIP
@@ -76,6 +76,9 @@ class _Forward:
 
     def worth_it(self, tensor: Tensor) -> bool:
         if not _is_plain(tensor) or (tensor.device.type == "cpu" and not self.cpu_too):
+            return False
+        # What a backward pass computes anew (checkpoints, the chunked output head) is used at once.
+        if torch._C._current_graph_task_id() != -1:
             return False
         # Under FSDP the gathered weights have other addresses than the model's parameters, but are parameters too.
         if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
