@@ -12,7 +12,7 @@ import numpy as np
 
 from outspoken.diagnostics import signals as signal_table
 from outspoken.diagnostics import stats
-from outspoken.diagnostics.verdict import goal_of
+from outspoken.diagnostics.progress import goal_of
 from outspoken.diagnostics.view import Array, RunView
 
 SCHEMA = "outspoken.change/1"

@@ -1,18 +1,17 @@
 """The state of a run: one word, its evidence, and what else it might be.
 
-The states are decided in order, first match wins; a table that can be read beats a model that cannot. Progress is
-the reward (online RL), minus the loss (supervised) or the margin (preference), compared by the two-window test.
+The states are decided in order, first match wins; a table that can be read beats a model that cannot. What counts as
+progress, and when it is believed, stands in `progress.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from outspoken.diagnostics import stats
+from outspoken.diagnostics import progress as goals
+from outspoken.diagnostics.progress import SIGNIFICANT, Progress
 from outspoken.diagnostics.records import Confidence, Evidence, Severity
-from outspoken.diagnostics.view import Array, RunView
+from outspoken.diagnostics.view import RunView
 
 SCHEMA = "outspoken.verdict/1"
 
@@ -44,11 +43,7 @@ LEADERS = ("NUM006", "RL006", "RL012", "RL027")
 DRIFT = ("RL007", "RL012")
 LENGTH_OR_GAP = ("RL015", "RL018", "RL019", "RL027")
 
-SIGNIFICANT = 3.5  # |T| of the two-window test
 DWELL_STEPS = 20  # a state is kept this long, unless the run breaks or collapses
-MIN_POINTS = 8  # points on each side of a comparison
-MAX_POINTS = 50
-EARLY_POINTS = 10  # a short beginning, beside the long one
 CEILING = 0.95  # share of the largest reward seen above which a flat reward means converged
 SMALL_MDE = 0.05  # a change that a plateau must be able to exclude, as a share of the signal's range
 
@@ -75,92 +70,25 @@ class Verdict:
         }
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How the run's goal moved: `recent` against the window before, `total` against the run's beginning."""
-
-    signal: str
-    sign: int  # +1 where larger is better
-    recent: stats.TwoWindow | None
-    total: stats.TwoWindow | None
-    level: float
-    n: int
-    window: tuple[int, int]
-
-    def up(self) -> bool:
-        recent, total = self._t(self.recent), self._t(self.total)
-        return (total is not None and total > SIGNIFICANT) or (
-            recent is not None and recent > SIGNIFICANT and (total is None or total > 0)
-        )
-
-    def down(self) -> bool:
-        recent, total = self._t(self.recent), self._t(self.total)
-        return (total is not None and total < -SIGNIFICANT) or (recent is not None and recent < -SIGNIFICANT)
-
-    def _t(self, two: stats.TwoWindow | None) -> float | None:
-        return None if two is None else self.sign * two.t
-
-    def evidence(self) -> Evidence:
-        best = self.total or self.recent
-        t = best.t if best is not None else None
-        return Evidence(self.signal, "two_window_t", t, self.n, self.window, threshold=SIGNIFICANT)
-
-
-def goal_of(view: RunView) -> tuple[str, int] | None:
-    """The signal that says how well the run does, and its sign; None if it is not there."""
-    if view.method in ("grpo", "rloo", "ppo", "online_dpo"):
-        candidates: tuple[tuple[str, int], ...] = (
-            ("reward", 1),
-            ("objective/scores", 1),
-            ("objective/rlhf_reward", 1),
-        )
-    elif view.method in ("dpo", "kto", "orpo", "cpo", "simpo", "bco"):
-        candidates = (("rewards/margins", 1), ("loss", -1))
-    else:
-        candidates = (("loss", -1),)
-    for name, sign in candidates:
-        if view.has(name):
-            return name, sign
-    return None
-
-
-def progress(view: RunView) -> Progress | None:
-    goal = goal_of(view)
-    if goal is None:
-        return None
-    name, sign = goal
-    window = view.window(name)
-    if window is None:
-        return None
-    n = len(window)
-    width = min(MAX_POINTS, max(MIN_POINTS, n // 3))
-    recent = stats.two_window(window.values[-2 * width : -width], window.values[-width:]) if n >= 2 * width else None
-    newest = window.values[-min(width, n) :]
-    total = _since_beginning(view, name, newest, (EARLY_POINTS, width))
-    return Progress(name, sign, recent, total, float(np.mean(newest)), n, window.span)
-
-
-def _since_beginning(view: RunView, name: str, newest: Array, widths: tuple[int, ...]) -> stats.TwoWindow | None:
-    """The newest points against the run's first ones. Of several widths of the beginning the clearest counts: a short
-    one sees a gain that came at once, a long one a gain that came slowly."""
-    compared = []
-    for width in widths:
-        first = view.first(name, width)
-        if min(len(first), len(newest)) < MIN_POINTS or view.rings[name].total < len(first) + len(newest):
-            continue
-        compared.append(stats.two_window(first, newest))
-    return max((c for c in compared if c is not None), key=lambda c: abs(c.t), default=None)
-
-
 def nothing_yet() -> Verdict:
     return Verdict("warming_up", "high", "No step was observed yet.")
 
 
 def decide(
-    view: RunView, firing: Mapping[str, Severity], held: Mapping[str, Severity], final: bool = False
+    view: RunView,
+    firing: Mapping[str, Severity],
+    held: Mapping[str, Severity],
+    final: bool = False,
+    on_new: Progress | None = None,
 ) -> Verdict:
-    """The verdict now. `firing` and `held` (suppressed) map codes to severities."""
-    p = progress(view)
+    """The verdict now.
+
+    Args:
+        firing, held: the codes that fire, and those that are suppressed -> severity.
+        final: the run is over.
+        on_new: how the goal moved in the first pass over the data, where the view does not reach back to it.
+    """
+    p = goals.progress(view)
     evidence = (p.evidence(),) if p is not None else ()
     both = {**held, **firing}
 
@@ -172,6 +100,7 @@ def decide(
     leaders = [c for c in LEADERS if c in both]
     signal_lost = [c for c in NO_SIGNAL if c in both]
     rising = p is not None and p.up()
+    doubt = goals.doubt(view, on_new or goals.first_pass(view)) if rising and goals.compares(view) else None
     if collapse:
         return Verdict("collapsing", "high", f"{_names(collapse)} fires.", evidence, "drifting", "the goal recovers")
 
@@ -202,7 +131,7 @@ def decide(
         return Verdict(
             "collapsing", "medium", f"{_names(leaders)} fire while {p.signal} does not improve.", evidence, "drifting"
         )
-    held_out = held_out_progress(view, p.sign)
+    held_out = goals.held_out_progress(view, p.sign)
     if "SFT001" in firing:
         return Verdict(
             "over_optimising", "high", "Held-out loss rises while training loss falls (SFT001).", evidence, "improving"
@@ -212,16 +141,31 @@ def decide(
         return Verdict(
             "over_optimising", "high", f"{p.signal} improves, {held_out.signal} worsens.", both_evidence, "improving"
         )
+    by_chance = goals.at_chance(view) if goals.compares(view) else None
+    if by_chance is not None:
+        return Verdict(
+            "stalled_no_signal", "medium", by_chance[0], (*evidence, by_chance[1]), "plateauing", "more pairs are told apart"
+        )  # fmt: skip
+    if doubt is not None:
+        return Verdict("unknown", "medium", f"{doubt}.", evidence, "improving", "held-out pairs are told apart")
+    displaced = goals.displaced(view) if rising else None
+    if displaced is not None:
+        return Verdict(
+            "drifting", "medium", f"{p.signal} rises while {displaced[0]}.", (*evidence, displaced[1]), "over_optimising",
+            "chosen answers become likelier again",
+        )  # fmt: skip
     drift = [c for c in DRIFT if c in firing]
     if drift and not rising:
         return Verdict(
             "drifting", "medium", f"{_names(drift)} fires while {p.signal} is flat.", evidence, "plateauing"
         )
-    if p.recent is not None and p.sign * p.recent.t < -SIGNIFICANT and not rising:
+    moving_scale = bool(view.config.get("sync_ref_model"))  # margins start anew when the reference moves
+    if p.recent is not None and p.sign * p.recent.t < -SIGNIFICANT and not rising and not moving_scale:
         return Verdict("drifting", "low", f"{p.signal} worsens.", evidence, "collapsing", "the trend turns")
     if "RL031" not in firing and rising and not any(firing.get(c) in ("warning", "error") for c in LENGTH_OR_GAP):
-        confidence: Confidence = "high" if held_out is not None and held_out.up() else "medium"
-        return Verdict("improving", confidence, _moved(p), evidence, "plateauing", f"{p.signal} stops improving")
+        return Verdict(
+            "improving", _how_sure(view, p, held_out), f"{p.moved()}.", evidence, "plateauing", f"{p.signal} stops improving"
+        )  # fmt: skip
     if p.sign > 0 and _near_ceiling(view, p):
         return Verdict(
             "converged", "medium", f"{p.signal} is flat near the largest value seen.", evidence, "plateauing"
@@ -231,25 +175,12 @@ def decide(
             "plateauing", "medium", f"{p.signal} is flat, and a change would have shown.", evidence, "improving"
         )
     if final and rising:
-        return Verdict("improving", "low", _moved(p), evidence, "drifting")
+        return Verdict("improving", "low", f"{p.moved()}.", evidence, "drifting")
     mde = p.recent.mde if p.recent is not None else None
     need = f" (smallest change that would show: {mde:.3g})" if mde is not None else ""
     return Verdict(
         "unknown", "medium", f"No significant change of {p.signal} so far{need}.", evidence, "plateauing", "more steps"
     )
-
-
-def held_out_progress(view: RunView, sign: int) -> Progress | None:
-    """Progress on held-out data, from at least six evaluations (three against three)."""
-    for name, direction in (("eval_reward", 1), ("eval_loss", -1)):
-        if direction != sign and view.method not in ("dpo", "kto"):
-            continue
-        window = view.window(name, min_n=6)
-        if window is not None:
-            half = min(len(window) // 2, 10)
-            total = stats.two_window(window.values[:half], window.values[-half:])
-            return Progress(name, direction, None, total, window.values[-1], len(window), window.span)
-    return None
 
 
 def _t(p: Progress) -> float:
@@ -265,10 +196,13 @@ def _names(codes: Sequence[str]) -> str:
     return ", ".join(codes)
 
 
-def _moved(p: Progress) -> str:
-    two = p.total or p.recent
-    assert two is not None
-    return f"{p.signal} went from {two.mean1:.4g} to {two.mean2:.4g} (T={two.t:.1f})."
+def _how_sure(view: RunView, p: Progress, held_out: Progress | None) -> Confidence:
+    """How far "improving" is to be trusted: high with held-out data, low where new and old pairs cannot be told."""
+    if goals.compares(view):
+        if goals.held_out_confirms(view, p.sign):
+            return "high"
+        return "medium" if goals.epoch_known(view) else "low"
+    return "high" if held_out is not None and held_out.up() else "medium"
 
 
 def _near_ceiling(view: RunView, p: Progress) -> bool:
@@ -293,11 +227,16 @@ class VerdictTracker:
     current: Verdict = field(default_factory=nothing_yet)
     candidate: str | None = None
     candidate_since: int = 0
+    on_new: Progress | None = None  # how the goal moved in the first pass over the data
 
     def update(
         self, view: RunView, firing: Mapping[str, Severity], held: Mapping[str, Severity], final: bool = False
     ) -> Verdict:
-        new = decide(view, firing, held, final)
+        if goals.compares(view):
+            now = goals.first_pass(view)
+            if now is not None and (self.on_new is None or goals.in_first_pass(view) or now.n >= self.on_new.n):
+                self.on_new = now
+        new = decide(view, firing, held, final, self.on_new)
         at_once = final or new.state in ("broken", "collapsing") or self.current.state == "warming_up"
         if new.state == self.current.state:
             self.candidate = None
