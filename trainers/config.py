@@ -84,8 +84,9 @@ def as_config(config_class: type[ConfigT], args: Any, model: Any, trainer: str) 
     ]
     if dropped:
         logger.warning(f"{trainer} does not know these settings of the {type(args).__name__}: {', '.join(dropped)}.")
-    values = {key: value for key, value in args.to_dict().items() if key in known}
-    values["hub_token"] = args.hub_token  # to_dict hides it
+    # to_dict hides everything that is called a token.
+    hidden = {key: getattr(args, key) for key in known if key.endswith("_token") and hasattr(args, key)}
+    values = {key: value for key, value in args.to_dict().items() if key in known} | hidden
     return config_class(**values)
 
 
