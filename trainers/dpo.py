@@ -6,6 +6,7 @@ answers (`logprobs.py`, `reference.py`); the losses (`losses/preference.py`) com
 the reference on each.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,10 +36,11 @@ from outspoken.trainers.callbacks import SyncRefModelCallback
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
 from outspoken.trainers.data.formats import first_row
 from outspoken.trainers.data.padding import pad
-from outspoken.trainers.data.preference import prepare_preference
+from outspoken.trainers.data.preference import TOKENS, prepare_preference
 from outspoken.trainers.logprobs import TokenScores, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses import preference as losses
 from outspoken.trainers.measuring import RecentCorrelation, end_token_ids, ends_with, gather_rows, sum_over_processes
+from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import (
     given_reference,
     make_reference,
@@ -54,6 +56,7 @@ from outspoken.trainers.setup import (
     finish_setup,
     map_datasets,
     parse_pad_to_multiple_of,
+    prepare_liger,
     prepare_model,
     prepare_processing,
     set_up_router_loss,
@@ -63,6 +66,8 @@ from outspoken.trainers.shared_prompts import AnswerBatch, mask_dtype_of, plain_
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
+
+logger = logging.getLogger(__name__)
 
 _OF_MARGIN = ("sigmoid", "hinge", "exo_pair", "robust", "discopop")
 _OF_SCORES = (*_OF_MARGIN, "ipo", "sigmoid_norm")  # beta log Z(x) cancels, so any f-divergence is possible
@@ -279,8 +284,12 @@ class DPOConfig(OutspokenConfig):
             raise ValueError(
                 "`use_weighting=True` weighs pairs, which 'aot' and 'aot_unpaired' take apart; set it to False."
             )
+        if self.label_smoothing and not types & {*_SMOOTHED}:
+            logger.warning(
+                f"`label_smoothing={self.label_smoothing}` has no effect with `loss_type={self.loss_type}`; it changes "
+                f"{', '.join(map(repr, _SMOOTHED))}."
+            )
         for name, value, those in (
-            ("label_smoothing", self.label_smoothing, _SMOOTHED),
             ("length_alpha", self.length_alpha, _OF_MARGIN),
             ("dpop_lambda", self.dpop_lambda, _OF_MARGIN),
             ("bco_shift", self.bco_shift, ("bco_pair",)),
@@ -370,7 +379,7 @@ class RewardShift(TrainerCallback, ExportableState):
 # ---------------------------------------------------------------------- the trainer
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(ModelCardMixin, Trainer):
     """Trains a causal language model to prefer the chosen of two answers.
 
     >>> from outspoken import DPOConfig, DPOTrainer
@@ -436,6 +445,7 @@ class DPOTrainer(Trainer):
                 "`sync_ref_model=True` needs a reference model of its own, but with an adapter the reference is the "
                 "model below it; set it to False."
             )
+        prepare_liger(args)
         processing = prepare_processing(model, args, processing_class, trainer="DPOTrainer")
         self.recorder = Recorder()
         self._end_tokens = end_token_ids(processing.tokenizer)
@@ -471,12 +481,14 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.use_liger_kernel:  # its layers only: a fused loss would take the place of the model's forward
-            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by what `_get_num_items_in_batch` counts
         self.router_aux_loss_coef = set_up_router_loss(self.model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
-        self._share_prompts = args.share_prompts and self._prompts_can_be_shared()
+        self._mask_dtype = mask_dtype_of(self.model)
+        why_not = self._why_not_shared()
+        self._share_prompts = why_not is None
+        if why_not is not None:
+            logger.info(f"The prompt of a chosen and a rejected answer is computed twice: {why_not}.")
         if self.ref_model is not None:
             self.ref_model = prepare_reference(self.ref_model, self.accelerator, self)
         if args.bco_shift:
@@ -497,18 +509,29 @@ class DPOTrainer(Trainer):
                 f"`precompute_ref_log_probs=True` needs rows that stay in place, but the {name} dataset is a stream; "
                 "pass a datasets.Dataset, or set it to False."
             )
+        by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         with args.main_process_first(desc=f"preparing the {name} dataset"):
             return prepare_preference(
-                dataset, tokenizer, args.max_length, args.truncation_mode, name=name, num_proc=args.dataset_num_proc
+                dataset,
+                tokenizer,
+                args.max_length,
+                args.truncation_mode,
+                name=name,
+                num_proc=args.dataset_num_proc,
+                length_column=args.length_column_name if by_length else None,
             )
 
-    def _prompts_can_be_shared(self) -> bool:
-        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
-        self._mask_dtype = mask_dtype_of(self.model)
-        return all(
-            mask_dtype_of(model) == self._mask_dtype and why_not_shared(model, self.args.max_length) is None
-            for model in models
-        )
+    def _why_not_shared(self) -> str | None:
+        """Why the prompts that two answers share cannot be computed once, in a phrase; None if they can."""
+        if not self.args.share_prompts:
+            return "`share_prompts` is off"
+        for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
+            if mask_dtype_of(model) != self._mask_dtype:
+                return "policy and reference take different attention masks"
+            why_not = why_not_shared(model, self.args.max_length)
+            if why_not is not None:
+                return why_not
+        return None
 
     def _ask_reference(self, dataset: Any, name: str) -> Any:
         """Add what the reference says about each row: `ref_chosen_logps` and `ref_rejected_logps`."""
@@ -526,7 +549,7 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", *_REFERENCE_LOGPS]
+            self._signature_columns = [*TOKENS, *_REFERENCE_LOGPS, self.args.length_column_name]
 
     # The loss
 

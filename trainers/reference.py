@@ -252,8 +252,9 @@ def precompute(
 ) -> Dataset:
     """Add columns to a dataset that the reference policy computes, each row once.
 
-    The columns are kept in the dataset's cache and found again by its fingerprint, the reference's weights, the
-    collator and `settings`; so a second run over the same data need not compute them. The processes share the work.
+    The columns of a dataset that lies on disk are kept in its cache, and found again by its fingerprint, the
+    reference's weights, the collator and `settings`; so a second run over the same data need not compute them. The
+    processes share the work.
 
     Without a reference model, and before training, the policy (its adapter switched) is the reference.
 

@@ -20,7 +20,7 @@ from outspoken.trainers.data.formats import (
     is_messages,
     where,
 )
-from outspoken.trainers.data.supervised import _template_kwargs, _with_eos
+from outspoken.trainers.data.supervised import template_kwargs, with_eos
 from outspoken.trainers.measuring import EndTokens, end_token_ids
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def prepare_preference(
     name: str = "train",
     trainer: str = "DPOTrainer",
     num_proc: int | None = None,
+    length_column: str | None = None,
 ) -> tuple[Dataset | IterableDataset, dict[str, float]]:
     """Tokenize a dataset: it gets `prompt_ids`, `chosen_ids` and `rejected_ids`; other columns stay.
 
@@ -51,6 +52,7 @@ def prepare_preference(
         name: what the dataset is called in messages.
         trainer: the trainer's class name, for messages.
         num_proc: processes to use, not for streams.
+        length_column: a column to add with the tokens of prompt and longer answer, at most `max_length`.
 
     Returns:
         The dataset, and facts about it (empty for a stream): those of `prepare_supervised`, where lengths and shares
@@ -81,7 +83,13 @@ def prepare_preference(
     dataset = dataset.map(
         preference_row,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "name": name, "end": None if streaming else end_token_ids(tokenizer)},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "name": name,
+            "end": None if streaming else end_token_ids(tokenizer),
+            "length_column": length_column,
+            "max_length": max_length,
+        },
         **progress,
     )
     room = max_length if truncation_mode == "keep_start" else None  # what a prompt must stay below
@@ -127,10 +135,12 @@ def preference_row(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     end: EndTokens | None = None,
-) -> dict[str, list[int]]:
+    length_column: str | None = None,
+    max_length: int | None = None,
+) -> dict[str, Any]:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of one row.
 
-    With `end`, a fourth column counts: tokens of prompt, chosen and rejected answer; whether the last token of each
+    With `end`, another column counts: tokens of prompt, chosen and rejected answer; whether the last token of each
     answer is an end token; whether the prompt's tokens are not the beginning of the whole; whether the answers are the
     same.
     """
@@ -138,7 +148,10 @@ def preference_row(
     for column, ids in zip(ANSWERS, (chosen, rejected)):
         if not ids:
             raise ValueError(f"{where(name, index, column)}: the answer has no tokens; fill or drop the row.")
-    result = dict(zip(TOKENS, (prompt, chosen, rejected)))
+    result: dict[str, Any] = dict(zip(TOKENS, (prompt, chosen, rejected)))
+    if length_column is not None:
+        length = len(prompt) + max(len(chosen), len(rejected))
+        result[length_column] = length if max_length is None else min(length, max_length)
     if end is not None:
         ended = [
             next((token for token in reversed(ids) if token not in end.blanks), None) in end.ends
@@ -164,7 +177,7 @@ def _tokens(
             )
         row = {**row, **parts}
     if any(is_messages(row[column]) for column in ("prompt", *ANSWERS)):
-        kwargs = _template_kwargs(row, index, name)
+        kwargs = template_kwargs(row, index, name)
         asked = check_messages(row["prompt"], name, index, "prompt")
         prompt = tokenize_chat(tokenizer, asked, add_generation_prompt=True, **kwargs)
         chosen, rejected = (
@@ -175,7 +188,7 @@ def _tokens(
         text = check_text(row["prompt"], name, index, "prompt")
         prompt = tokenizer(text=text)["input_ids"]
         chosen, rejected = (
-            tokenizer(text=text + _with_eos(check_text(row[column], name, index, column), tokenizer))["input_ids"]
+            tokenizer(text=text + with_eos(check_text(row[column], name, index, column), tokenizer))["input_ids"]
             for column in ANSWERS
         )
     # The answers begin where the tokens of the prompt and of the whole part, which need not be after the prompt.
