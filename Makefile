@@ -51,6 +51,7 @@ clean:
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_rules.py
+	$(BIN)/python docs/make_bad_input.py
 
 # After a wanted change of public names, arguments or defaults.
 surface: $(VENV)/.dev

@@ -1,0 +1,34 @@
+"""Reinforcement learning with a reward function, as TRL's users write it."""
+
+import json
+import sys
+
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+model, output_dir = sys.argv[1:]
+
+
+def shorter_is_better(completions, **kwargs):
+    return [-float(len(completion)) for completion in completions]
+
+
+trainer = GRPOTrainer(
+    model=model,
+    reward_funcs=shorter_is_better,
+    args=GRPOConfig(
+        output_dir=output_dir,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    ),
+    train_dataset=Dataset.from_dict({"prompt": [f"What is {i} + 1?" for i in range(8)]}),
+)
+trainer.train()
+print(json.dumps({"log": trainer.state.log_history}))
