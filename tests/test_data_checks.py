@@ -89,9 +89,9 @@ def test_right_rows(kind, columns, streaming):
 
 def test_rows_are_counted_in_the_datasets_own_order_and_across_batches():
     rows = Dataset.from_dict({"prompt": ["a"] * 25_000, "chosen": ["x"] * 24_999 + [""], "rejected": ["y"] * 25_000})
-    with pytest.raises(ValueError, match="^Row 24999 of the train"):
+    with pytest.raises(ValueError, match=r"^Row 24999 of the train"):
         check_rows(rows, "train", PREFERENCE, "Some")
-    with pytest.raises(ValueError, match="^Row 0 of the eval"):
+    with pytest.raises(ValueError, match=r"^Row 0 of the eval"):
         check_rows(rows.select(range(24_999, -1, -1)), "eval", PREFERENCE, "Some")
 
 
