@@ -32,6 +32,7 @@ _PUBLIC = {
     "SyncRefModelCallback": "outspoken.trainers.callbacks",
     "TrlParser": "outspoken.trainers.scripts",
     "WeaveCallback": "outspoken.trainers.callbacks",
+    "add_response_schema": "outspoken.trainers.data.response_templates",
     "apply_chat_template": "outspoken.trainers.data.chat_templates",
     "clone_chat_template": "outspoken.trainers.data.chat_templates",
     "create_reference_model": "outspoken.trainers.models",

@@ -129,6 +129,7 @@ def supports_tool_calling(processing_class: Processing) -> bool:
 
 def is_prefix_preserving(processing_class: Processing) -> bool:
     """Whether a tool's answer leaves the rendering of the call before it as it was, so that it can be appended."""
+    arguments: Any
     for arguments in ({}, "{}"):
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         messages: list[dict[str, Any]] = [

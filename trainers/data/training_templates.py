@@ -71,6 +71,8 @@ def _training_template(template: str, special_tokens: tuple[tuple[str, str], ...
         return NotPatchable(f"it is no valid template ({error.message}, line {error.lineno})")
     except NotPatchable as error:
         return error
+    except RENDERING_ERRORS as error:
+        return NotPatchable(f"it fails on a conversation ({error})")
 
 
 class NotPatchable(ValueError):
@@ -152,15 +154,15 @@ class _Renderer:
         self.special = dict(special)
 
     def __call__(self, template: str, messages: Messages, **kwargs: Any) -> str:
-        texts, _ = render_jinja_template([messages], chat_template=template, **{**self.special, **kwargs})
-        return texts[0]
+        rendered: Any = render_jinja_template([messages], chat_template=template, **{**self.special, **kwargs})
+        return rendered[0][0]
 
     def marked(self, template: str, messages: Messages, **kwargs: Any) -> tuple[str, list[tuple[int, int]]]:
         """The text, and from where to where the marks go."""
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [messages], chat_template=template, return_assistant_tokens_mask=True, **{**self.special, **kwargs}
         )
-        return texts[0], spans[0]
+        return rendered[0][0], rendered[1][0]
 
 
 # --- a template's source ----------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def _tokens(source: str) -> Iterator[tuple[str, str, int]]:
 
 def _tags(source: str) -> list[_Tag]:
     found = []
-    start, inner_start, opening, name = 0, 0, "", ""
+    start, inner_start, opening, name, waiting = 0, 0, "", "", False
     for kind, text, position in _tokens(source):
         if kind in ("block_begin", "variable_begin"):
             start, inner_start, opening, name = position, position + len(text), text, ""
@@ -314,6 +316,7 @@ class _Patch:
             for name, messages in probes(blocks, self.arguments_as_text).items()
             if self._renders(messages)
         }
+        self.continuations = self._continuations()
         # What is behind the loop closes the text.
         self.tail = "" if self.marked else self._turns(self.probes["single"])[1]
         kept = not self.marked and self._keep_reasoning()
@@ -334,10 +337,10 @@ class _Patch:
         text, spans = self.render.marked(source, messages, **kwargs)
         return [text[start:stop] for start, stop in spans], text[spans[-1][1] if spans else 0 :]
 
-    def _renders(self, messages: Messages) -> bool:
-        """Whether the template renders a conversation, with all that was said in it but reasoning."""
+    def _renders(self, messages: Messages, **kwargs: Any) -> bool:
+        """Whether the template renders a conversation, with what was said last and all tool calls."""
         try:
-            text = self._text(messages)
+            text = self._text(messages, **kwargs)
         except RENDERING_ERRORS:
             return False
         said = [*_words(messages[-1]["content"]), *(w for m in messages for w in _words(m.get("tool_calls")))]
@@ -416,7 +419,7 @@ class _Patch:
         """Fix conditions so that no turn is rendered differently once more follows; returns whether there were any."""
 
         def rewritten(edits: Sequence[Edit]) -> int:
-            return self._rewritten(_edited(self.source, [*self.edits, *edits]), wordy=True)
+            return len(self._rewritten(_edited(self.source, [*self.edits, *edits])))
 
         edits: list[Edit] = []
         left, improving = rewritten(edits), True
@@ -430,27 +433,29 @@ class _Patch:
         self.edits += edits
         return bool(edits)
 
-    def _continued(self, wordy: bool) -> Iterator[tuple[Messages, Messages, bool]]:
-        """Conversations that end with the assistant, how they go on, and whether a generation prompt is at the end.
-
-        With `wordy`, also those with words beside a tool call, which Gemma 4 moves behind the tool's answer.
-        """
+    def _continuations(self) -> list[tuple[str, Messages, Messages, bool]]:
+        """Conversations up to a turn of the assistant, and further; with the name of the probe they are from, and
+        whether a generation prompt belongs behind the longer one."""
+        found = []
         for name, messages in self.probes.items():
-            if name == "call with words" and not wordy:
-                continue
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant":
                     for stop in range(turn + 2, len(messages) + 1):
-                        yield messages[: turn + 1], messages[:stop], messages[stop - 1]["role"] != "assistant"
+                        before, after = messages[: turn + 1], messages[:stop]
+                        prompted = after[-1]["role"] != "assistant"
+                        if self._renders(before) and self._renders(after, add_generation_prompt=prompted):
+                            found.append((name, before, after, prompted))
+        return found
 
-    def _rewritten(self, template: str, wordy: bool = False) -> int:
-        """How many beginnings of conversations are rendered differently when the conversation goes on."""
-        return sum(
-            not self.render(template, after, add_generation_prompt=prompted).startswith(
+    def _rewritten(self, template: str) -> list[str]:
+        """The probes in which a turn of the assistant is rendered differently when the conversation goes on."""
+        return [
+            name
+            for name, before, after, prompted in self.continuations
+            if not self.render(template, after, add_generation_prompt=prompted).startswith(
                 self.render(template, before).removesuffix(self.tail)
             )
-            for before, after, prompted in self._continued(wordy)
-        )
+        ]
 
     def _trace(
         self,
@@ -503,7 +508,7 @@ class _Patch:
         changing: set[int] = set()
         when_last: dict[int, set[str]] = {}
         elsewhere: set[int] = set()  # leaves that count for messages of others, too
-        for before, after, prompted in self._continued(wordy=True):
+        for _, before, after, prompted in self.continuations:
             short = self._trace(before, leaves, done)
             long = self._trace(after, leaves, done, add_generation_prompt=prompted)
             turn = len(short) - 1
@@ -536,7 +541,7 @@ class _Patch:
         heads: dict[str, None] = {}
         for messages in self.probes.values():
             for turn, message in enumerate(messages):
-                if message["role"] == "assistant":
+                if message["role"] == "assistant" and self._renders(messages[:turn], add_generation_prompt=True):
                     prompt = self._turns(messages[:turn], add_generation_prompt=True)[1]
                     written = self._turns(messages[: turn + 1])[0][-1]
                     head = prompt[: common_prefix_length(prompt, written)]
@@ -650,7 +655,8 @@ class _Patch:
                 continue  # only the variant takes arguments as objects
             if not re.fullmatch(re.escape(original) + r"(<[^<>\s]+>)?", text):
                 raise NotPatchable(f"its variant would render a conversation differently ({name})")
-        if self._rewritten(patched):
+        # Gemma 4 moves words beside a tool call behind the tool's answer.
+        if {*self._rewritten(patched)} - {"call with words"}:
             raise NotPatchable("it renders a turn of the assistant differently once more follows")
 
 
