@@ -145,7 +145,7 @@ def preference_row(
     same.
     """
     prompt, chosen, rejected, mismatch = _tokens(row, index, tokenizer, name)
-    for column, ids in zip(ANSWERS, (chosen, rejected)):
+    for column, ids in zip(TOKENS[1:] if TOKENS[1] in row else ANSWERS, (chosen, rejected)):
         if not ids:
             raise ValueError(f"{where(name, index, column)}: the answer has no tokens; fill or drop the row.")
     result: dict[str, Any] = dict(zip(TOKENS, (prompt, chosen, rejected)))
