@@ -32,7 +32,10 @@ def _bounds(
 
 
 class Foreign(NamedTuple):
-    """A live field of a trainer that is not ours: its bounds, and the trainer's attributes that hold copies of it."""
+    """A live field of a trainer that is not ours: its bounds, and the trainer's attributes that hold copies of it.
+
+    Without a copy the trainer reads it from its `args` where it is used.
+    """
 
     bounds: Bounds
     copies: tuple[str, ...]
@@ -69,7 +72,12 @@ FOREIGN_LIVE: dict[str, dict[str, Foreign]] = {
     },
     "RLOOTrainer": {**_POLICY, **_SAMPLING},
     "DPOTrainer": {"beta": Foreign(_bounds(1e-6, type="float"), ("beta",))},
-    "KTOTrainer": {"beta": Foreign(_bounds(1e-6, type="float"), ("beta",))},
+    "KTOTrainer": {
+        "beta": Foreign(_bounds(1e-6, type="float"), ("beta",)),
+        "desirable_weight": Foreign(_bounds(0.0, type="float"), ("desirable_weight",)),
+        "undesirable_weight": Foreign(_bounds(0.0, type="float"), ("undesirable_weight",)),
+    },
+    "RewardTrainer": {"center_rewards_coefficient": Foreign(_bounds(0.0, type="float"), ())},
 }
 # Fields of `TrainingArguments` that the training loop reads at every step, for any trainer.
 COMMON_LIVE: dict[str, Bounds] = {
@@ -140,7 +148,9 @@ def _foreign_fields(trainer: Any, args: Any) -> dict[str, Foreign]:
     for cls in type(trainer).__mro__:
         if cls.__name__ in FOREIGN_LIVE:
             known = FOREIGN_LIVE[cls.__name__]
-            return {n: f for n, f in known.items() if hasattr(args, n) and hasattr(trainer, f.copies[0])}
+            return {
+                n: f for n, f in known.items() if hasattr(args, n) and all(hasattr(trainer, c) for c in f.copies[:1])
+            }
     return {}
 
 

@@ -169,6 +169,7 @@ _ROWS = [
     Signal("shift/rejected", "nats/token", "log-probability that a token of the rejected answers gained since the reference, mean over tokens", REFERENCED),
     Signal("reference/initial_gap", "nats/token", "largest mean per-token distance of an answer from the reference before the first update: 0 if the policy starts as its reference", REFERENCED, 0),
     Signal("rewards/length_correlation", "1", "correlation of the margin with the pair's difference in length over the last 512 pairs; in KTO of reward and length over answers", REFERENCED, -1, 1),
+    Signal("samples/desirable", "share of rows", "rows whose answer is labelled desirable", ("kto", "bco"), 0, 1, "samples/desirable#n"),
     # pairs of answers, in preference training and in reward models
     Signal("lengths/chosen", "tokens", "mean length of the chosen (desirable) answers", (*PREFERENCE, "reward"), 0),
     Signal("lengths/rejected", "tokens", "mean length of the rejected (undesirable) answers", (*PREFERENCE, "reward"), 0),
@@ -222,6 +223,11 @@ PATTERNS: list[tuple[str, str, Signal]] = [
     ("rewards/", "/mean", Signal("rewards/<function>/mean", "reward", "mean of one reward function", RL)),
     ("rewards/", "/std", Signal("rewards/<function>/std", "reward", "its standard deviation over the batch", RL, 0)),
     ("rewards/", "/none_share", Signal("rewards/<function>/none_share", "share of completions", "not scorable by it", RL, 0, 1, "num_completions")),
+    ("accuracy/", "", Signal("accuracy/<score>", "share of pairs", "accuracy of one score of several", REWARD, 0, 1, PAIRS)),
+    ("margin/", "", Signal("margin/<score>", "score", "margin of one score of several", REWARD)),
+    ("mean_reward/", "", Signal("mean_reward/<score>", "score", "mean of one score of several", REWARD)),
+    ("min_reward/", "", Signal("min_reward/<score>", "score", "lowest value of one score of several", REWARD)),
+    ("max_reward/", "", Signal("max_reward/<score>", "score", "highest value of one score of several", REWARD)),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from outspoken import DiagnosticsCallback, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, schemas
 from outspoken.agent_api.run import RequestRefused, Run
@@ -109,6 +109,16 @@ def make(tmp_path, tiny_model_factory, tiny_tokenizer_factory):
                 return trainer(model, functions, args=trl.GRPOConfig(**common), train_dataset=prompts, **more)
             pairs = {"prompt": SENTENCES * 6, "chosen": [" yes it is"] * 36, "rejected": [" no", " never ever"] * 18}
             data, reference = Dataset.from_dict(pairs), tiny_model_factory(seed=1)
+            if kind == "trl-kto":
+                data = data.rename_column("chosen", "completion").remove_columns("rejected")
+                data = data.add_column("label", [True, True, False] * 12)
+                return trl.KTOTrainer(model, reference, args=trl.KTOConfig(**common), train_dataset=data, **more)
+            if kind == "trl-reward":
+                config = type(model.config)(**{**model.config.to_dict(), "id2label": {0: "score"}, "label2id": {}})
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    model = LlamaForSequenceClassification(config)
+                return trl.RewardTrainer(model, args=trl.RewardConfig(**common), train_dataset=data, **more)
             return trl.DPOTrainer(model, reference, args=trl.DPOConfig(**common), train_dataset=data, **more)
 
     return build
@@ -262,6 +272,8 @@ OBJECTIVE = {
 }
 CASES = [(kind, name) for kind in ("grpo", "trl-grpo") for name in OBJECTIVE]
 CASES += [("grpo", "loss_type"), ("grpo", "delta"), ("sft", "loss_type"), ("sft", "label_smoothing_factor")]
+CASES += [("trl-kto", name) for name in ("beta", "desirable_weight", "undesirable_weight")]
+CASES += [("trl-reward", "center_rewards_coefficient")]
 CASES += [("trl-dpo", "beta"), ("trl-dpo", "max_grad_norm"), ("plain", "max_grad_norm"), ("plain", "learning_rate")]
 OTHER = {
     # Long enough for some completions to end by themselves: at equal lengths the losses are equal.
@@ -270,10 +282,15 @@ OTHER = {
     ("sft", "loss_type"): ("nll", "dft", {}),
     ("sft", "label_smoothing_factor"): (0.0, 0.3, {}),
     ("trl-dpo", "beta"): (0.1, 0.7, {}),
+    ("trl-kto", "beta"): (0.1, 0.7, {}),
+    ("trl-kto", "desirable_weight"): (1.0, 1.5, {}),
+    ("trl-kto", "undesirable_weight"): (1.0, 0.0, {}),
+    ("trl-reward", "center_rewards_coefficient"): (0.01, 1.0, {}),
 }
 
 
 QUICK = [("grpo", "beta"), ("trl-grpo", "epsilon_high"), ("trl-dpo", "beta"), ("sft", "loss_type")]
+QUICK += [("trl-reward", "center_rewards_coefficient")]
 
 
 @pytest.mark.parametrize(
@@ -539,6 +556,8 @@ def test_live_fields_of_each_trainer(make):
     for kind, expected in (
         ("plain", common),
         ("trl-dpo", common | {"beta"}),
+        ("trl-kto", common | {"beta", "desirable_weight", "undesirable_weight"}),
+        ("trl-reward", common | {"center_rewards_coefficient"}),
         ("trl-grpo", common | policy | sampling),
         ("grpo", common | policy | sampling | {"temperature", "loss_type", "delta"}),
     ):
@@ -582,6 +601,8 @@ def test_trl_reads_each_copy_anew(name):
     fields = {f.name for f in dataclasses.fields(config)}
     for field, foreign in live.FOREIGN_LIVE[name].items():
         assert field in fields, field
+        if not foreign.copies:
+            assert f"self.args.{field}" in inspect.getsource(trainer.compute_loss), field
         for path in foreign.copies:
             holder, _, attribute = path.rpartition(".")
             if holder == "vllm_generation":
