@@ -616,3 +616,27 @@ def test_no_full_logits_are_built(build, tiny_tokenizer):
     step(trainer)
     handle.remove()
     assert shapes and all(shape[1] == 1 for shape in shapes if len(shape) == 3)
+
+
+# ---------------------------------------------------------------------- requests from outside
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "reason"),
+    [
+        (
+            {"loss_type": "exo_pair", "label_smoothing": 0.1},
+            {"label_smoothing": 0},
+            "makes the loss 'exo_pair' infinite",
+        ),
+        ({"loss_type": ["sigmoid", "sft"]}, {"loss_weights": [1.0]}, "a number for each of the 2 losses"),
+        ({"precompute_ref_log_probs": True}, {"ld_alpha": 0.5}, "which were computed before training"),
+        ({}, {"ld_alpha": 0.5, "label_smoothing": 0, "loss_weights": [2.0], "beta": 0.2}, None),
+    ],
+    ids=["exo", "weights", "precomputed", "fine"],
+)
+def test_changes_that_cannot_take_effect_are_refused(tmp_path, settings, fields, reason):
+    from outspoken.diagnostics.live import config_of, refusal
+
+    found = refusal(None, config_of(DPOConfig(str(tmp_path), use_cpu=True, **settings)), fields)
+    assert found is None if reason is None else reason in found
