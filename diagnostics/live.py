@@ -176,6 +176,9 @@ def refusal(trainer: Any, config: Mapping[str, Any], fields: Mapping[str, Any]) 
         weights, names = fields["reward_weights"], list(getattr(trainer, "reward_funcs", ()))
         if len(weights) != len(names) or not all(_is_finite(w) for w in weights):
             return f"reward_weights={weights} must be a finite number for each of the {len(names)} reward functions"
+    reason = _wrong_for_preferences(config, fields)
+    if reason is not None:
+        return reason
     wins = config.get("generation_kwargs")
     for name in fields:
         other = "max_new_tokens" if name == "max_completion_length" else name
@@ -183,6 +186,18 @@ def refusal(trainer: Any, config: Mapping[str, Any], fields: Mapping[str, Any]) 
             return f"{name} would have no effect: generation_kwargs sets {other}, which wins over it"
     new_length = fields.get("max_completion_length")
     return None if new_length is None else _too_long(trainer, config, new_length)
+
+
+def _wrong_for_preferences(config: Mapping[str, Any], fields: Mapping[str, Any]) -> str | None:
+    losses = config.get("loss_type")
+    if fields.get("label_smoothing") == 0 and isinstance(losses, list) and "exo_pair" in losses:
+        return "label_smoothing=0 makes the loss 'exo_pair' infinite; ask for a small positive number"
+    weights = fields.get("loss_weights")
+    if weights is not None and isinstance(losses, list) and len(weights) != len(losses):
+        return f"loss_weights={weights} must have a number for each of the {len(losses)} losses in loss_type"
+    if "ld_alpha" in fields and config.get("precompute_ref_log_probs"):
+        return "ld_alpha is part of the reference's log-probabilities, which were computed before training"
+    return None
 
 
 def _too_long(trainer: Any, config: Mapping[str, Any], new_length: int) -> str | None:
