@@ -5,13 +5,12 @@ then the rejected ones; the model scores each at its last token, what both have 
 (`shared_prompts.py`); the loss (`losses/reward.py`) asks that the better answer scores higher.
 """
 
-import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollator,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.trainer_utils import EvalPrediction
 
 from outspoken.diagnostics.recorder import Recorder
@@ -38,8 +35,17 @@ from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.pairs import prepare_pairs
 from outspoken.trainers.loading import config_of
 from outspoken.trainers.losses.reward import bradley_terry_loss, centering_loss
-from outspoken.trainers.measuring import RecentCorrelation, gather_rows
+from outspoken.trainers.measuring import RecentCorrelation, gather_rows, sum_over_processes
 from outspoken.trainers.model_card import ModelCardMixin
+from outspoken.trainers.score_head import (
+    base_model,
+    check_head,
+    head_is_new,
+    head_is_trained,
+    new_head_expected,
+    outputs_of,
+    train_new_head,
+)
 from outspoken.trainers.setup import (
     AnyDataset,
     Datasets,
@@ -48,6 +54,7 @@ from outspoken.trainers.setup import (
     finish_setup,
     map_datasets,
     parse_pad_to_multiple_of,
+    prepare_liger,
     prepare_model,
     prepare_processing,
 )
@@ -176,7 +183,7 @@ class RewardTrainer(ModelCardMixin, Trainer):
 
     Several scores are trained in one pass with `num_scores=S`: a pair's column `preferences` then says for each score
     whether the chosen answer is the better one (1), the rejected one (-1), or whether they are not compared (0); numbers
-    between weigh the pair less. The loss is the mean over pairs and scores.
+    between weigh the pair less. The loss is the weighed mean over all comparisons of a step.
 
     Args:
         model: a path or hub name, loaded in float32 unless `args.model_init_kwargs["dtype"]` says otherwise, with a new
@@ -234,7 +241,7 @@ class RewardTrainer(ModelCardMixin, Trainer):
             )
         init_kwargs: Any = args.model_init_kwargs
         config = config_of(model, init_kwargs, args.trust_remote_code)
-        _check_head(config, args.num_scores, built=not isinstance(model, str))
+        check_head(config, args.num_scores, built=not isinstance(model, str))
         processing = prepare_processing(model, args, processing_class, trainer="RewardTrainer")
         tokenizer = processing.tokenizer
         if processing.pad_token_id == tokenizer.eos_token_id:
@@ -252,17 +259,18 @@ class RewardTrainer(ModelCardMixin, Trainer):
         )
         if data_collator is None:
             data_collator = DataCollatorForPreference(processing.pad_token_id, args.pad_to_multiple_of)
-        with _new_head_expected():
+        prepare_liger(args)
+        with new_head_expected():
             loaded = prepare_model(
                 model,
                 args,
                 processing,
-                peft_config=_train_new_head(peft_config, config),
+                peft_config=train_new_head(peft_config, config),
                 quantization_config=quantization_config,
                 auto_class=AutoModelForSequenceClassification,
                 num_labels=args.num_scores,
             )
-        if is_peft_model(loaded) and _head_is_new(config) and not _head_is_trained(loaded):
+        if is_peft_model(loaded) and head_is_new(config) and not head_is_trained(loaded):
             logger.warning(
                 "The score head is new and not part of the adapter, so it stays at random and is not saved with it; add "
                 "its name to `modules_to_save` of the adapter's config."
@@ -281,7 +289,7 @@ class RewardTrainer(ModelCardMixin, Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, averaged over micro-batches
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by what `_get_num_items_in_batch` counts
         self._share_prompts = args.share_prompts
         if args.share_prompts and (why_not := self._why_not_shared()) is not None:
             self._share_prompts = False
@@ -310,8 +318,8 @@ class RewardTrainer(ModelCardMixin, Trainer):
             return "a compiled model does not show its score of every token"
         if not isinstance(self.data_collator, DataCollatorForPreference):
             return "`data_collator` is not the trainer's own"
-        if not isinstance(getattr(_base(self.model), "score", None), nn.Module):
-            return f"{type(_base(self.model)).__name__} does not score every token"
+        if not isinstance(getattr(base_model(self.model), "score", None), nn.Module):
+            return f"{type(base_model(self.model)).__name__} does not score every token"
         return why_not_shared(self.model, self.args.max_length)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -322,21 +330,35 @@ class RewardTrainer(ModelCardMixin, Trainer):
         with offload_activations(self.model) if self.args.activation_offloading else nullcontext():
             return super().training_step(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean loss of a micro-batch, a scalar; with `return_outputs`, also the model's output.
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Count what an optimizer step compares on all processes: each weighs the same, whatever its micro-batch."""
+        counts = [self._counts(batch) for batch in batch_samples]
+        sums = {name: sum(values) for name, values in zip(StepCounts._fields, zip(*counts))}
+        return StepCounts(**sum_over_processes(self.accelerator, device, **sums))
 
-        The output's logits are the scores, (2B, S), the chosen answers' first.
+    def _counts(self, inputs: Mapping[str, Tensor]) -> "StepCounts":
+        pairs, preferences = len(inputs["input_ids"]) // 2, inputs.get("preferences")
+        weight = pairs if preferences is None else preferences.abs().view(pairs, -1).mean(1).sum()
+        return StepCounts(pairs, weight * self.args.num_scores)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a micro-batch, a scalar: its share of the mean over all comparisons of the optimizer step.
+
+        With `return_outputs`, also the model's output: its logits are the scores, (2B, S), the chosen answers' first.
         """
         coefficient = self.args.center_rewards_coefficient
-        model_inputs = {key: value for key, value in inputs.items() if key not in _PAIR_COLUMNS}
-        margin, preferences = (
-            inputs[column].view(len(inputs[column]), -1) if column in inputs else None for column in _PAIR_COLUMNS
-        )  # each (B, 1) or (B, S)
-        outputs = self._score(model, model_inputs)
+        outputs = self._score(model, {key: value for key, value in inputs.items() if key not in _PAIR_COLUMNS})
         chosen, rejected = outputs.logits.chunk(2)  # each (B, S)
-        loss = bradley_terry_loss(chosen, rejected, 0.0 if margin is None else margin, preferences).mean()
+        margin, preferences = (
+            inputs[column].view(len(chosen), -1) if column in inputs else None for column in _PAIR_COLUMNS
+        )  # each (B, 1) or (B, S)
+        counts = self._counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        loss = bradley_terry_loss(chosen, rejected, 0.0 if margin is None else margin, preferences).sum()
+        loss = loss / max(counts.comparisons, 1e-6)  # pairs that are not compared at all give 0
         if coefficient is not None:
-            loss = loss + coefficient * centering_loss(chosen, rejected).mean()
+            loss = loss + coefficient * centering_loss(chosen, rejected).mean(1).sum() / counts.pairs
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
         self._measure(inputs, chosen, rejected, preferences)
         return (loss, outputs) if return_outputs else loss
 
@@ -349,7 +371,7 @@ class RewardTrainer(ModelCardMixin, Trainer):
             outputs = model(**inputs, use_cache=False)
         else:
             shared_inputs, rows, columns = shared
-            with _outputs_of(_base(self.model).score) as kept:
+            with outputs_of(base_model(self.model).score) as kept:
                 outputs = model(**shared_inputs, use_cache=False)
             outputs.logits = kept[-1][rows, columns]
         outputs.logits = outputs.logits.float()
@@ -433,89 +455,11 @@ class RewardTrainer(ModelCardMixin, Trainer):
         super().log(logs, start_time)
 
 
+class StepCounts(NamedTuple):
+    """What the losses of a step are divided by: its pairs, and the sum of the comparisons' weights over all scores."""
+
+    pairs: Any
+    comparisons: Any
+
+
 _PAIR_COLUMNS = ("margin", "preferences")
-_HEADS = ("score", "classifier")  # what score heads are called
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
-
-
-def _head_is_new(config: PreTrainedConfig) -> bool:
-    """Whether a model's checkpoint, if there is one, has no score head."""
-    return not str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
-
-
-def _head_is_trained(model: Any) -> bool:
-    """Whether an adapter trains, and saves, the score head itself, not only something beside it."""
-    return any(
-        parameter.requires_grad and "lora_" not in name
-        for name, parameter in model.named_parameters()
-        if {*name.split(".")} & {*_HEADS}
-    )
-
-
-def _check_head(config: PreTrainedConfig, num_scores: int, built: bool) -> None:
-    """Raise unless the model has, or will get, a head with as many outputs as scores are wanted."""
-    if config.num_labels == num_scores or (not built and _head_is_new(config)):
-        return
-    if built:
-        raise ValueError(
-            f"The model has `num_labels={config.num_labels}`, but `num_scores={num_scores}` scores are to be learned; "
-            "pass its path instead, or load it with AutoModelForSequenceClassification and "
-            f"`num_labels={num_scores}`."
-        )
-    raise ValueError(
-        f"The checkpoint's score head has {config.num_labels} outputs, but `num_scores` is {num_scores}; set "
-        f"`num_scores={config.num_labels}`, or start from a checkpoint without such a head."
-    )
-
-
-def _train_new_head(peft_config: Any, config: PreTrainedConfig) -> Any:
-    """The adapter's config, with the score head among the modules to train and save whole if it is new.
-
-    Raises:
-        ValueError: the adapter is for another kind of model.
-    """
-    task = getattr(peft_config, "task_type", None)
-    task = getattr(task, "value", task)
-    if task not in (None, "SEQ_CLS"):
-        raise ValueError(
-            f"`peft_config.task_type` is {task!r}, but a reward model classifies sequences; use 'SEQ_CLS'."
-        )
-    named = [*(getattr(peft_config, "modules_to_save", None) or [])]
-    if task == "SEQ_CLS" or not hasattr(peft_config, "modules_to_save") or {*named} & {*_HEADS}:
-        return peft_config  # for this task, peft adds the head
-    if _head_is_new(config):
-        logger.warning(
-            "The score head is new, so 'score' was added to the adapter's `modules_to_save`: else it would stay at "
-            "random, and would be drawn anew when the adapter is loaded."
-        )
-        peft_config = copy.copy(peft_config)
-        peft_config.modules_to_save = [*named, "score"]
-    return peft_config
-
-
-@contextmanager
-def _new_head_expected() -> Iterator[None]:
-    """No report about the language-model head that is dropped and the score head that is new."""
-    names = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
-    old = {name: getattr(GenericForSequenceClassification, name, None) for name in names}
-    for name, key in zip(names, (r"^score\.weight$", r"^lm_head\.")):
-        setattr(GenericForSequenceClassification, name, [*(old[name] or []), key])
-    try:
-        yield
-    finally:
-        for name in names:
-            setattr(GenericForSequenceClassification, name, old[name])
-
-
-@contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """While open, what the module returns is kept."""
-    kept: list[Tensor] = []
-    handle = module.register_forward_hook(lambda module, args, output: kept.append(output))
-    try:
-        yield kept
-    finally:
-        handle.remove()
