@@ -129,6 +129,10 @@ def prepare_processing(
     new_tokens = None
     if getattr(args, "chat_template_path", None) is not None:
         new_tokens = set_chat_template(tokenizer, args.chat_template_path)
+    if processor is not tokenizer:  # both have a template; the trainer may ask either
+        if getattr(args, "chat_template_path", None) is None and processor.chat_template is not None:
+            tokenizer.chat_template = processor.chat_template
+        processor.chat_template = tokenizer.chat_template
     return Processing(processor, tokenizer, set_pad_token(tokenizer, getattr(args, "pad_token", None)), new_tokens)
 
 

@@ -41,11 +41,18 @@ from outspoken.trainers.attention import (
     tell_boundaries,
 )
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
-from outspoken.trainers.data.chat_templates import trains_to_stop
+from outspoken.trainers.data.chat_templates import template_with_marks, trains_to_stop
+from outspoken.trainers.data.checks import SUPERVISED, check_rows
 from outspoken.trainers.data.formats import column_names, first_row
 from outspoken.trainers.data.packing import PACKING_STRATEGIES, pack_dataset
 from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.supervised import SupervisedFormat, prepare_supervised
+from outspoken.trainers.data.vision import (
+    IMAGE_COLUMNS,
+    DataCollatorForVisionLanguageModeling,
+    expect_unused_parameters,
+    refuse_with_images,
+)
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses.supervised import dft_loss, nll_loss, smoothed_nll_loss
 from outspoken.trainers.measuring import end_token_ids, ends_with, sum_over_processes
@@ -261,9 +268,10 @@ class SFTTrainer(ModelCardMixin, Trainer):
         args: an `SFTConfig`; a `TrainingArguments`, or TRL's `SFTConfig`, is converted.
         data_collator: makes batches of prepared rows; by default pads them.
         train_dataset: rows with `text`, with `messages`, with `prompt` and `completion`, or with `input_ids`; see
-            `outspoken.trainers.data.supervised.prepare_supervised`. A stream (`IterableDataset`) needs `max_steps`.
+            `outspoken.trainers.data.supervised.prepare_supervised`. With `image` or `images` beside, a model that sees
+            is trained; see `outspoken.trainers.data.vision`. A stream (`IterableDataset`) needs `max_steps`.
         eval_dataset: the same, or a dict of several.
-        processing_class: the tokenizer; by default the one beside the model.
+        processing_class: the tokenizer, or the processor of a model that sees; by default the one beside the model.
         compute_loss_func: `f(outputs, labels, num_items_in_batch)`, used instead of the loss. Needs the full logits.
         compute_metrics: metrics of an evaluation, from its logits and labels. Needs the full logits.
         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: as in `Trainer`.
@@ -302,7 +310,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable[[dict], str] | None = None,
     ):
-        args = as_sft_config(args, model)
+        args = self.args = as_sft_config(args, model)
         if compute_loss_func is not None and args.loss_type != "nll":
             raise ValueError(
                 f"`compute_loss_func` would replace `loss_type={args.loss_type!r}`; pass only one of them."
@@ -314,13 +322,10 @@ class SFTTrainer(ModelCardMixin, Trainer):
             )
         check_datasets(train_dataset, eval_dataset, args)
         row = first_row(train_dataset, "train")
-        if {"image", "images"} & {*row}:
-            raise ValueError(
-                "SFTTrainer trains text models only, but the train dataset has a column of images; remove it."
-            )
+        self._sees = bool({*IMAGE_COLUMNS} & {*row})
         # The setting, if any, that puts several documents into one row.
-        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
-        packed = args.packing or eval_packing or "seq_lengths" in row
+        self._eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+        packed = args.packing or self._eval_packing or "seq_lengths" in row
         joining = "packing" if packed else "padding_free" if args.padding_free else None
         if joining is not None and data_collator is not None:
             raise ValueError(
@@ -341,10 +346,13 @@ class SFTTrainer(ModelCardMixin, Trainer):
                 "`formatting_func` makes one text of prompt and completion, so `completion_only_loss` cannot tell them "
                 "apart; set `completion_only_loss=False`, or format the dataset before."
             )
-        processing = prepare_processing(model, args, processing_class, trainer="SFTTrainer")
-        tokenizer = processing.tokenizer
-        self._end_tokens = end_token_ids(tokenizer)
-        if args.assistant_only_loss and not trains_to_stop(tokenizer):
+        processing = prepare_processing(model, args, processing_class, trainer="SFTTrainer", images=True)
+        self._processing = processing
+        self._end_tokens = end_token_ids(processing.tokenizer)
+        if self._sees:
+            refuse_with_images(processing.processor, args, "SFTTrainer")
+        expect_unused_parameters(processing.processor, args)
+        if args.assistant_only_loss and not trains_to_stop(processing.tokenizer) and not self._sees:
             logger.warning(
                 "With this chat template, `assistant_only_loss=True` puts no loss on the token that ends the "
                 "assistant's turn, so the model may not learn to stop; move that token inside {% generation %}, or set "
@@ -354,14 +362,11 @@ class SFTTrainer(ModelCardMixin, Trainer):
         dataset_kwargs: Any = args.dataset_kwargs
         self._skip_prepare_dataset = bool((dataset_kwargs or {}).get("skip_prepare_dataset"))
         self._formatting_func = formatting_func
-        own_collator = data_collator is None
-        self._eval_packing = eval_packing
-        train_dataset, facts = self._prepare(train_dataset, "train", args, tokenizer, own_collator, args.packing)
+        self._own_collator = data_collator is None
+        train_dataset, facts = self._prepare(train_dataset, "train", args.packing)
         self.recorder.facts.update(facts)
         eval_dataset = map_datasets(
-            eval_dataset,
-            "eval",
-            lambda dataset, name: self._prepare(dataset, name, args, tokenizer, own_collator, eval_packing)[0],
+            eval_dataset, "eval", lambda dataset, name: self._prepare(dataset, name, self._eval_packing)[0]
         )
 
         prepare_liger(args)
@@ -370,7 +375,17 @@ class SFTTrainer(ModelCardMixin, Trainer):
         )
         self.router_aux_loss_coef = set_up_router_loss(model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
-        if own_collator:
+        if data_collator is None and self._sees:
+            data_collator = DataCollatorForVisionLanguageModeling(
+                processing.processor,
+                args.max_length,
+                self.completion_only_loss,
+                args.pad_to_multiple_of,
+                args.dataset_text_field,
+                args.assistant_only_loss,
+                template_with_marks(processing.processor) if args.assistant_only_loss else None,
+            )
+        elif data_collator is None:
             # Padding of packed rows would count in the load-balancing loss.
             one_row = packed and (needs_one_row(model.config) or self.aux_loss_enabled)
             data_collator = DataCollatorForLanguageModeling(
@@ -383,7 +398,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=processing.processor,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -409,24 +424,20 @@ class SFTTrainer(ModelCardMixin, Trainer):
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
 
-    def _prepare(
-        self,
-        dataset: AnyDataset,
-        name: str,
-        args: SFTConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        own_collator: bool,
-        packing: bool,
-    ) -> tuple[AnyDataset, dict[str, float]]:
+    def _prepare(self, dataset: AnyDataset, name: str, packing: bool) -> tuple[AnyDataset, dict[str, float]]:
         """Tokenize, label, truncate, pack and shuffle a dataset, as `args` say; returns it and the facts about it."""
+        args = self.args
         columns = {*column_names(dataset, name)}
+        if self._sees:  # prepared batch by batch
+            check_rows(dataset.select_columns(sorted(columns - {*IMAGE_COLUMNS})), name, SUPERVISED, "SFTTrainer")
+            return (dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset), {}
         if self._skip_prepare_dataset or {"input_ids", "labels", "seq_lengths"} <= columns:
-            if own_collator and "input_ids" not in columns:
+            if self._own_collator and "input_ids" not in columns:
                 raise ValueError(
                     f"`skip_prepare_dataset` is set, but the {name} dataset has no column 'input_ids'; tokenize it, "
                     "drop the option, or pass a `data_collator`."
                 )
-            if own_collator and "labels" not in columns and columns & {"completion_mask", "assistant_masks"}:
+            if self._own_collator and "labels" not in columns and columns & {"completion_mask", "assistant_masks"}:
                 raise ValueError(
                     f"`skip_prepare_dataset` is set, so the masks of the {name} dataset would be ignored; add a column "
                     "'labels' (-100 where no loss is wanted), or drop the option."
@@ -438,11 +449,12 @@ class SFTTrainer(ModelCardMixin, Trainer):
             assistant_only_loss=args.assistant_only_loss,
             max_length=None if packing and args.packing_strategy != "bfd" else args.max_length,  # else nothing is cut
             truncation_mode=args.truncation_mode,
+            blocks=isinstance(self._processing.processor, ProcessorMixin),
         )
         with args.main_process_first(desc=f"preparing the {name} dataset"):
             dataset, facts = prepare_supervised(
                 dataset,
-                tokenizer,
+                self._processing.tokenizer,
                 how,
                 name=name,
                 formatting_func=self._formatting_func,
@@ -463,7 +475,11 @@ class SFTTrainer(ModelCardMixin, Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "labels", "seq_lengths"]
+            columns = ["input_ids", "labels", "seq_lengths"]
+            if self._sees:
+                columns = ["messages", "prompt", "completion", self.args.dataset_text_field, *IMAGE_COLUMNS]
+                columns += ["tools", "chat_template_kwargs"]
+            self._signature_columns = columns
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch, a scalar: its share of the mean over all `num_items_in_batch` labels of the step.
@@ -574,10 +590,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
         """Evaluate; a dataset given here is prepared like those given to the trainer."""
         # Of a dict, `Trainer` evaluates one dataset after the other, here.
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
-            own_collator = isinstance(self.data_collator, DataCollatorForLanguageModeling)
-            eval_dataset, _ = self._prepare(
-                eval_dataset, "eval", self.args, self.processing_class, own_collator, self._eval_packing
-            )
+            eval_dataset, _ = self._prepare(eval_dataset, "eval", self._eval_packing)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

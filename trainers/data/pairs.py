@@ -19,7 +19,7 @@ from outspoken.trainers.data.formats import (
     is_messages,
     where,
 )
-from outspoken.trainers.data.supervised import _template_kwargs, _with_eos
+from outspoken.trainers.data.supervised import template_kwargs, with_eos
 from outspoken.trainers.measuring import EndTokens, end_token_ids
 
 logger = logging.getLogger(__name__)
@@ -186,9 +186,9 @@ def _sequence(
         messages = check_messages(row[column], name, index, column)
         if "prompt" in row:
             messages = check_messages(row["prompt"], name, index, "prompt") + messages
-        ids = tokenize_chat(tokenizer, messages, **_template_kwargs(row, index, name))
+        ids = tokenize_chat(tokenizer, messages, **template_kwargs(row, index, name))
     else:
-        text = _with_eos(check_text(row[column], name, index, column), tokenizer)
+        text = with_eos(check_text(row[column], name, index, column), tokenizer)
         if "prompt" in row:
             text = check_text(row["prompt"], name, index, "prompt") + text
         ids = tokenizer(text=text)["input_ids"]

@@ -25,6 +25,7 @@ from outspoken.trainers.data.formats import (
     is_conversational_from_value,
     is_messages,
     messages_from_value,
+    prepare_multimodal_messages,
     where,
 )
 from outspoken.trainers.logprobs import IGNORE_INDEX
@@ -45,6 +46,7 @@ class SupervisedFormat:
         assistant_only_loss: loss on what the assistant wrote only; needs conversations.
         max_length: rows are cut to this many tokens; None leaves them.
         truncation_mode: "keep_start" or "keep_end".
+        blocks: the template is of a model that sees, and takes contents as lists of blocks.
     """
 
     text_column: str = "text"
@@ -52,6 +54,7 @@ class SupervisedFormat:
     assistant_only_loss: bool = False
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
+    blocks: bool = False
 
 
 def prepare_supervised(
@@ -225,11 +228,11 @@ def supervised_row(
                     f"`formatting_func` returned a {type(text).__name__} for row {index} of the {name} dataset; it "
                     "must return one string for each row."
                 )
-            ids = tokenizer(text=_with_eos(text, tokenizer))["input_ids"]
+            ids = tokenizer(text=with_eos(text, tokenizer))["input_ids"]
             mask = [1] * len(ids)
         elif source == "text":
             text = check_text(row[how.text_column], name, index, how.text_column)
-            ids = tokenizer(text=_with_eos(text, tokenizer))["input_ids"]
+            ids = tokenizer(text=with_eos(text, tokenizer))["input_ids"]
             mask = [1] * len(ids)
         elif source == "prompt":
             ids, mask, mismatch = _prompt_completion(row, index, tokenizer, how, name)
@@ -286,16 +289,17 @@ def _prompt_completion(
     if is_messages(row["prompt"]) or is_messages(row["completion"]):
         asked = check_messages(row["prompt"], name, index, "prompt")
         answered = check_messages(row["completion"], name, index, "completion")
-        kwargs = _template_kwargs(row, index, name)
+        kwargs = template_kwargs(row, index, name)
         if how.assistant_only_loss:  # the template that the whole conversation is rendered with
             kwargs = {"chat_template": template_with_marks(tokenizer), **kwargs}
-        prompt_ids = tokenize_chat(tokenizer, asked, add_generation_prompt=True, **kwargs)
+        opening = prepare_multimodal_messages(asked) if how.blocks else asked
+        prompt_ids = tokenize_chat(tokenizer, opening, add_generation_prompt=True, **kwargs)
         ids, mask = _conversation(asked + answered, row, index, "completion", tokenizer, how, name)
     else:
         prompt = check_text(row["prompt"], name, index, "prompt")
         completion = check_text(row["completion"], name, index, "completion")
         prompt_ids = tokenizer(text=prompt)["input_ids"]
-        ids = tokenizer(text=prompt + _with_eos(completion, tokenizer))["input_ids"]
+        ids = tokenizer(text=prompt + with_eos(completion, tokenizer))["input_ids"]
         mask = [1] * len(ids)
     # The completion begins where the tokens of the prompt and of the whole part, which need not be after the prompt.
     boundary = common_prefix_length(prompt_ids, ids)
@@ -314,7 +318,9 @@ def _conversation(
     name: str,
 ) -> tuple[list[int], list[int]]:
     """Tokens of a conversation, and 1 for each that carries loss."""
-    kwargs = _template_kwargs(row, index, name)
+    kwargs = template_kwargs(row, index, name)
+    if how.blocks:
+        messages = prepare_multimodal_messages(messages)
     if not how.assistant_only_loss:
         ids = tokenize_chat(tokenizer, messages, **kwargs)
         return ids, [1] * len(ids)
@@ -327,7 +333,12 @@ def _conversation(
     return ids, mask
 
 
-def _template_kwargs(row: Mapping[str, Any], index: int, name: str) -> dict[str, Any]:
+def template_kwargs(row: Mapping[str, Any], index: int | None, name: str) -> dict[str, Any]:
+    """What a row says to the chat template beside its messages: `tools`, and its `chat_template_kwargs`.
+
+    Raises:
+        ValueError: `tools` is text, but not JSON.
+    """
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
@@ -340,7 +351,8 @@ def _template_kwargs(row: Mapping[str, Any], index: int, name: str) -> dict[str,
     return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
 
 
-def _with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def with_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text that ends with the end-of-sequence token."""
     eos = tokenizer.eos_token
     if eos is None:
         raise ValueError(
