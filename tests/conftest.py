@@ -228,6 +228,12 @@ class WatchedRun:
         return found
 
 
+@pytest.fixture(scope="session")
+def watched_run():
+    """The class `WatchedRun`."""
+    return WatchedRun
+
+
 def _json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
