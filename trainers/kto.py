@@ -357,15 +357,16 @@ class KTOTrainer(ModelCardMixin, Trainer):
 
     def _ask_reference(self, dataset: Any, name: str) -> Any:
         """Add what the reference says about each row: `ref_logps`, and for the mismatched pair `ref_KL_logps`."""
-        if "ref_logps" in dataset.column_names:
-            return dataset
-        self._set_signature_columns_if_needed()
         args = self.args
+        present = [column for column in _reference_columns(args) if column in dataset.column_names]
+        if len(present) == len(_reference_columns(args)):
+            return dataset
+        dataset = dataset.remove_columns(present)
+        self._set_signature_columns_if_needed()
         batch_size = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
 
         def score(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            both = zip(_REFERENCE_LOGPS, self._both_logps(model, batch))
-            return {column: logps for column, logps in both if logps is not None}
+            return dict(zip(_reference_columns(args), self._both_logps(model, batch)))
 
         return precompute(self, dataset, name, args.precompute_ref_batch_size or batch_size, score)
 
@@ -397,17 +398,17 @@ class KTOTrainer(ModelCardMixin, Trainer):
         """
         args = self.args
         desirable = inputs["label"].bool()  # (B,)
-        with torch.no_grad():
-            kl_logps = self._answer_logps(model, inputs, "KL_") if args.loss_type == "kto" else None  # (B,)
-        ref_logps, ref_kl_logps = self._reference_logps(inputs)
+        ref_logps, *ref_kl_logps = self._reference_logps(inputs)  # (B,)
+        z0 = None
+        if args.loss_type == "kto":
+            with torch.no_grad():
+                z0 = self._reference_point(self._answer_logps(model, inputs, "KL_") - ref_kl_logps[0])
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         want = ("entropy", "mean_logits")
         scores, outputs = self._score(model, inputs, want=want, full_logits=return_outputs, **router)
         log_ratios = scores.logps.sum(1) - ref_logps  # (B,)
         weights = (args.beta, args.desirable_weight, args.undesirable_weight)
-        z0 = None
-        if kl_logps is not None:
-            z0 = self._reference_point(kl_logps - ref_kl_logps)
+        if z0 is not None:
             losses = kto_loss(log_ratios, desirable, z0, *weights)  # (B,)
         else:
             losses = apo_zero_unpaired_loss(log_ratios, desirable, *weights)
@@ -421,15 +422,7 @@ class KTOTrainer(ModelCardMixin, Trainer):
         self._measure(inputs, scores, log_ratios, z0, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _score(
-        self,
-        model: Any,
-        inputs: Mapping[str, Tensor],
-        prefix: str = "",
-        want: tuple[str, ...] = (),
-        full_logits: bool = False,
-        **model_kwargs: Any,
-    ) -> tuple[TokenScores, Any]:
+    def _score(self, model, inputs, prefix="", want=(), full_logits=False, **model_kwargs) -> tuple[TokenScores, Any]:
         """Scores of the completions' tokens, (B, T - 1), and the model's output. `KL_` names the mismatched pairs."""
         ids = inputs[f"{prefix}input_ids"]
         labels = ids.masked_fill(inputs[f"{prefix}completion_mask"] == 0, IGNORE_INDEX)
@@ -447,19 +440,19 @@ class KTOTrainer(ModelCardMixin, Trainer):
         _need(inputs, f"{prefix}input_ids", f"`loss_type={self.args.loss_type!r}`")
         return self._score(model, inputs, prefix)[0].logps.sum(1)
 
-    def _both_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _both_logps(self, model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """What a model says about the completions and, for KTO, about the mismatched ones: each (B,)."""
-        kto = self.args.loss_type == "kto"
-        return self._answer_logps(model, inputs), self._answer_logps(model, inputs, "KL_") if kto else None
+        prefixes = ("", "KL_") if self.args.loss_type == "kto" else ("",)
+        return [self._answer_logps(model, inputs, prefix) for prefix in prefixes]
 
-    def _reference_logps(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _reference_logps(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The same of the reference."""
         if not self.args.precompute_ref_log_probs:
             with reference_policy(self) as model:
                 return self._both_logps(model, inputs)
-        for key in _REFERENCE_LOGPS if self.args.loss_type == "kto" else _REFERENCE_LOGPS[:1]:
-            _need(inputs, key, "`precompute_ref_log_probs=True`")
-        return inputs["ref_logps"], inputs.get("ref_KL_logps")
+        for column in _reference_columns(self.args):
+            _need(inputs, column, "`precompute_ref_log_probs=True`")
+        return [inputs[column] for column in _reference_columns(self.args)]
 
     def _reference_point(self, log_ratios: Tensor) -> Tensor:
         """z0 from the mismatched pairs of all processes."""
@@ -558,6 +551,10 @@ class KTOTrainer(ModelCardMixin, Trainer):
         if chosen in logs and rejected in logs:  # over all rows, also where no micro-batch had both kinds
             logs[margins] = logs[chosen] - logs[rejected]
         super().log(logs, start_time)
+
+
+def _reference_columns(args: KTOConfig) -> tuple[str, ...]:
+    return _REFERENCE_LOGPS if args.loss_type == "kto" else _REFERENCE_LOGPS[:1]
 
 
 def _need(inputs: Mapping[str, Tensor], key: str, what: str) -> None:

@@ -238,11 +238,12 @@ def spare_rows(dataset: Dataset | IterableDataset, seed: int, name: str = "train
 def mismatched_completions(rows: Sequence[Row], spares: Sequence[Row] = ()) -> list[list[int]]:
     """For each row the tokens of a completion that was not written to its prompt.
 
-    It is that of the row before it, for the first row that of the last: so the completions stay the same and only
-    change their prompts (arXiv 2402.01306). Passed over are completions that stand behind the same prompt
-    somewhere in the batch or among the spare rows; the next one back is taken then, and where the batch has none, one
-    of `spares`, beginning at a place that the row's tokens decide. If there is none either (all prompts are the same),
-    any completion that differs from the row's own will do.
+    It is that of the row before it, for the first row that of the last: so the completions of a batch stay the same and
+    only change their prompts (arXiv 2402.01306). Completions that some row of the batch has behind the same prompt are
+    passed over, and the next one back is taken. Where the batch has none left (always, if it is one row), it is that of
+    a spare row, beginning with the one that a hash of the row's tokens points to; passed over are, besides, those that
+    a spare row has behind the same prompt. Where there is none either (all prompts are the same), any completion that
+    differs from the row's own will do.
 
     Args:
         rows: with `prompt_ids` and `completion_ids`. Where they also have `KL_completion_ids`, it is those.
@@ -251,9 +252,9 @@ def mismatched_completions(rows: Sequence[Row], spares: Sequence[Row] = ()) -> l
     Raises:
         ValueError: all rows and spares have the same completion.
     """
-    keys, spare_keys = [_key(row) for row in rows], [_key(row) for row in spares]
+    keys = [_key(row) for row in rows]
     written: dict[tuple[int, ...], set[tuple[int, ...]]] = defaultdict(set)
-    for prompt, completion in (*keys, *spare_keys):
+    for prompt, completion in keys:
         written[prompt].add(completion)
 
     found = []
@@ -261,10 +262,16 @@ def mismatched_completions(rows: Sequence[Row], spares: Sequence[Row] = ()) -> l
         if row.get("KL_completion_ids") is not None:
             found.append(list(row["KL_completion_ids"]))
             continue
-        start = hash(keys[i]) % max(1, len(spares))
-        others = [keys[i - step][1] for step in range(1, len(keys))]
-        others += [completion for _, completion in (*spare_keys[start:], *spare_keys[:start])]
-        other = next((c for c in others if c not in written[prompt]), next((c for c in others if c != own), None))
+        before = (keys[i - step][1] for step in range(1, len(keys)))
+        other = next((completion for completion in before if completion not in written[prompt]), None)
+        if other is None and spares:
+            start = hash(keys[i]) % len(spares)
+            others = [_key(spare) for spare in (*spares[start:], *spares[:start])]
+            passed = written[prompt] | {completion for at, completion in others if at == prompt}
+            other = next((completion for _, completion in others if completion not in passed), None)
+        if other is None:
+            anything = (completion for _, completion in (*keys, *map(_key, spares)) if completion != own)
+            other = next(anything, None)
         if other is None:
             raise ValueError(
                 "`loss_type='kto'` needs completions of other rows, but all that were looked at are the same; use "
