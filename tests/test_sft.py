@@ -157,7 +157,8 @@ COLUMNS = "it needs 'text' (set by `dataset_text_field`), 'messages', or 'prompt
         (
             [{"text": "a", "image": "b"}],
             {},
-            "SFTTrainer trains text models only, but the train dataset has a column of images; remove it.",
+            "The train dataset has a column of images, but TokenizersBackend is a tokenizer, which cannot prepare them; "
+            "pass a model that sees and its processor, or remove the column.",
         ),
         (
             TEXTS,
@@ -262,10 +263,10 @@ def test_argument_mistakes(build, tiny_model_factory, tiny_tokenizer, tmp_path):
         ValueError, match=r"^SFTTrainer trains decoder-only language models, but T5For.* is an encoder"
     ):
         build(model=T5ForConditionalGeneration(T5Config(**small)))
-    seeing = tiny_model_factory()
-    seeing.config.vision_config = {"hidden_size": 8}
-    with pytest.raises(ValueError, match=r"^SFTTrainer cannot train LlamaForCausalLM, which also takes images"):
-        build(model=seeing)
+    hearing = tiny_model_factory()
+    hearing.config.audio_config = {"hidden_size": 8}
+    with pytest.raises(ValueError, match=r"^SFTTrainer cannot train LlamaForCausalLM, which also takes audio; pass"):
+        build(model=hearing)
     (tmp_path / "empty").mkdir()
     tiny_model_factory().save_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"^No tokenizer could be loaded from .*; pass the model's tokenizer as"):
