@@ -67,12 +67,10 @@ def training_template(template: str, special_tokens: Mapping[str, str]) -> str:
 def _training_template(template: str, special_tokens: tuple[tuple[str, str], ...]) -> "str | NotPatchable":
     try:
         return _Patch(template, dict(special_tokens)).result()
-    except jinja2.TemplateSyntaxError as error:
-        return NotPatchable(f"it is no valid template ({error.message}, line {error.lineno})")
     except NotPatchable as error:
         return error
     except RENDERING_ERRORS as error:
-        return NotPatchable(f"it fails on a conversation ({error})")
+        return NotPatchable(f"it fails on a conversation ({_first_line(error)})")
 
 
 class NotPatchable(ValueError):
@@ -359,7 +357,8 @@ class _Patch:
                 continue
             if "Given question" in text and "Written answer" in text:
                 return blocks
-        raise NotPatchable("it does not render a question and its answer") from error
+        why = "" if error is None else f" ({_first_line(error)})"
+        raise NotPatchable(f"it does not render a question and its answer{why}") from error
 
     def _take_arguments_as_objects(self, blocks: bool) -> None:
         """Where a template puts arguments of tool calls together as text, also let it take objects (DeepSeek)."""
@@ -658,6 +657,10 @@ class _Patch:
         # Gemma 4 moves words beside a tool call behind the tool's answer.
         if {*self._rewritten(patched)} - {"call with words"}:
             raise NotPatchable("it renders a turn of the assistant differently once more follows")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _words(value: Any) -> list[str]:
