@@ -50,6 +50,7 @@ from outspoken.trainers.data.supervised import SupervisedFormat, prepare_supervi
 from outspoken.trainers.data.vision import (
     IMAGE_COLUMNS,
     DataCollatorForVisionLanguageModeling,
+    contents_as_blocks,
     expect_unused_parameters,
     refuse_with_images,
 )
@@ -449,11 +450,10 @@ class SFTTrainer(ModelCardMixin, Trainer):
             assistant_only_loss=args.assistant_only_loss,
             max_length=None if packing and args.packing_strategy != "bfd" else args.max_length,  # else nothing is cut
             truncation_mode=args.truncation_mode,
-            blocks=isinstance(self._processing.processor, ProcessorMixin),
         )
         with args.main_process_first(desc=f"preparing the {name} dataset"):
             dataset, facts = prepare_supervised(
-                dataset,
+                contents_as_blocks(dataset, self._processing.processor),
                 self._processing.tokenizer,
                 how,
                 name=name,

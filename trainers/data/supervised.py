@@ -25,7 +25,6 @@ from outspoken.trainers.data.formats import (
     is_conversational_from_value,
     is_messages,
     messages_from_value,
-    prepare_multimodal_messages,
     where,
 )
 from outspoken.trainers.logprobs import IGNORE_INDEX
@@ -46,7 +45,6 @@ class SupervisedFormat:
         assistant_only_loss: loss on what the assistant wrote only; needs conversations.
         max_length: rows are cut to this many tokens; None leaves them.
         truncation_mode: "keep_start" or "keep_end".
-        blocks: the template is of a model that sees, and takes contents as lists of blocks.
     """
 
     text_column: str = "text"
@@ -54,7 +52,6 @@ class SupervisedFormat:
     assistant_only_loss: bool = False
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
-    blocks: bool = False
 
 
 def prepare_supervised(
@@ -292,8 +289,7 @@ def _prompt_completion(
         kwargs = template_kwargs(row, index, name)
         if how.assistant_only_loss:  # the template that the whole conversation is rendered with
             kwargs = {"chat_template": template_with_marks(tokenizer), **kwargs}
-        opening = prepare_multimodal_messages(asked) if how.blocks else asked
-        prompt_ids = tokenize_chat(tokenizer, opening, add_generation_prompt=True, **kwargs)
+        prompt_ids = tokenize_chat(tokenizer, asked, add_generation_prompt=True, **kwargs)
         ids, mask = _conversation(asked + answered, row, index, "completion", tokenizer, how, name)
     else:
         prompt = check_text(row["prompt"], name, index, "prompt")
@@ -319,8 +315,6 @@ def _conversation(
 ) -> tuple[list[int], list[int]]:
     """Tokens of a conversation, and 1 for each that carries loss."""
     kwargs = template_kwargs(row, index, name)
-    if how.blocks:
-        messages = prepare_multimodal_messages(messages)
     if not how.assistant_only_loss:
         ids = tokenize_chat(tokenizer, messages, **kwargs)
         return ids, [1] * len(ids)

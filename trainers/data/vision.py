@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from outspoken.trainers.data.chat_templates import apply_chat_template
-from outspoken.trainers.data.formats import is_messages, prepare_multimodal_messages
+from outspoken.trainers.data.formats import MESSAGE_COLUMNS, is_messages, prepare_multimodal_messages
 from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.supervised import template_kwargs, with_eos
 from outspoken.trainers.logprobs import IGNORE_INDEX
@@ -168,6 +168,17 @@ class DataCollatorForVisionPreference:
 
 
 # ---------------------------------------------------------------------- rows
+
+
+def contents_as_blocks(dataset: Any, processor: Any) -> Any:
+    """A dataset of text for a model that sees: its template takes contents as lists of blocks. Else the same."""
+    if not isinstance(processor, ProcessorMixin):
+        return dataset
+
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {c: prepare_multimodal_messages(row[c]) for c in MESSAGE_COLUMNS if is_messages(row.get(c))}
+
+    return dataset.map(convert)
 
 
 def row_images(row: Mapping[str, Any]) -> list[Any]:
