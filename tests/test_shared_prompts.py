@@ -12,9 +12,9 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from outspoken.trainers.logprobs import label_scores
 from outspoken.trainers.shared_prompts import (
-    MAX_TOKEN_SHARE,
     mask_dtype_of,
     plain_batch,
+    saves_enough,
     shared_batch,
     shared_ends,
     why_not_shared,
@@ -194,7 +194,7 @@ def test_any_lengths(models, lengths, seed, more, eager):
     assert_right(model, pairs, plain_batch(inputs))
     dtype = torch.float32 if eager else None
     always = pytest.MonkeyPatch()
-    always.setattr("outspoken.trainers.shared_prompts.MAX_TOKEN_SHARE", 10.0)
+    always.setattr("outspoken.trainers.shared_prompts.MAX_COST_SHARE", 10.0)
     try:
         assert_right(model, pairs, shared_batch(inputs, PAD, mask_dtype=dtype))
     finally:
@@ -248,10 +248,24 @@ def test_prompts_that_differ_and_savings_too_small_use_the_plain_batch():
     other = batch_of([([5] * 20, [6] * 4, [7] * 4)])
     other["input_ids"][1, 0] = 9  # the prompts differ in the first token
     assert shared_batch(other, PAD) is None
-    # A prompt of P and answers of A tokens: P - 1 + 2 (A + 1) tokens instead of 2 (P + A).
-    for prompt, answer in ((1, 8), (3, 30), (8, 30), (9, 12), (40, 9)):
-        worth_it = prompt - 1 + 2 * (answer + 1) < MAX_TOKEN_SHARE * 2 * (prompt + answer)
-        assert (shared_batch(batch_of(pairs_of([(prompt, answer, answer)])), PAD) is not None) == worth_it
+    # A prompt of P and answers of A tokens: P - 1 + 2 (A + 1) tokens instead of 2 (P + A). Attention counts little in
+    # rows much shorter than 4 x 1024 tokens.
+    for prompt, answer, worth_it in ((1, 8, False), (3, 30, False), (8, 30, False), (9, 12, True), (40, 9, True)):
+        batch = shared_batch(batch_of(pairs_of([(prompt, answer, answer)])), PAD)
+        assert (batch is not None) == worth_it
+        if worth_it:
+            assert batch.labels.shape == (1, prompt - 1 + 2 * (answer + 1))
+
+
+def test_attention_is_part_of_the_price():
+    """Cost of a token: 4 hidden sizes for all else, and its row's tokens for attention."""
+    # Prompt 256 and answers of 512: 1281 tokens for 2 x 768, a share of 0.834.
+    assert saves_enough(1281, 768, 4096)  # 1281 (16384 + 1281) / (2 * 768 (16384 + 768)) = 0.859
+    assert not saves_enough(1281, 768, 256)  # 1281 (1024 + 1281) / (2 * 768 (1024 + 768)) = 1.073
+    # Where attention is nearly all, half the tokens cost the same only below 1 / sqrt 2 of them.
+    assert saves_enough(133, 100, 1) and not saves_enough(
+        137, 100, 1
+    )  # 133 (4 + 133) / (200 (4 + 100)) = 0.876; 0.929
 
 
 def test_more_than_tokens_uses_the_plain_batch():
@@ -412,7 +426,7 @@ def test_last_tokens_find_their_hidden_states(models, lengths, seed):
     inputs = batch_of(pairs)
     del inputs["completion_mask"]
     always = pytest.MonkeyPatch()
-    always.setattr("outspoken.trainers.shared_prompts.MAX_TOKEN_SHARE", 10.0)
+    always.setattr("outspoken.trainers.shared_prompts.MAX_COST_SHARE", 10.0)
     try:
         shared_inputs, rows, columns = shared_ends(inputs, PAD)
     finally:

@@ -366,7 +366,12 @@ class RewardTrainer(ModelCardMixin, Trainer):
         """The model's output, whose logits are each sequence's scores, (2B, S), in float32."""
         shared = None
         if self._share_prompts:
-            shared = shared_ends(inputs, self.processing_class.pad_token_id, mask_dtype=mask_dtype_of(self.model))
+            shared = shared_ends(
+                inputs,
+                self.processing_class.pad_token_id,
+                mask_dtype=mask_dtype_of(self.model),
+                hidden_size=self.model.config.get_text_config().hidden_size,
+            )
         if shared is None:
             outputs = model(**inputs, use_cache=False)
         else:

@@ -57,6 +57,13 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: Any) -> None:
     check_dataset_type(train_dataset, "train_dataset")
     for name, dataset in named_datasets(eval_dataset, "eval").items():
         check_dataset_type(dataset, f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset")
+    if getattr(args, "precompute_ref_log_probs", False):
+        for name, dataset in {"train": train_dataset, **named_datasets(eval_dataset, "eval")}.items():
+            if isinstance(dataset, IterableDataset):
+                raise ValueError(
+                    f"`precompute_ref_log_probs=True` needs rows that stay in place, but the {name} dataset is a stream; "
+                    "pass a datasets.Dataset, or set it to False."
+                )
     if isinstance(train_dataset, IterableDataset):
         # Batches of a stream differ in length, which Accelerate cannot dispatch from one process to the others.
         args.accelerator_config.dispatch_batches = False
@@ -200,10 +207,13 @@ def prepare_liger(args: Any) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout layer's probability to 0."""
+    """Set every dropout probability to 0: of the dropout layers, and what modules keep as a number (`attention_dropout`)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def finish_setup(trainer: Any, method: str) -> None:

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from outspoken.trainers.logprobs import IGNORE_INDEX
 
-# Prompts are shared where that leaves less than this share of the plain batch's tokens, padding included.
-MAX_TOKEN_SHARE = 0.9
+# Prompts are shared where that costs less than this share of the plain batch, by the estimate of `saves_enough`.
+MAX_COST_SHARE = 0.9
+# Tokens of context, in hidden sizes, from which on a token costs more in attention than in all else.
+ATTENTION_HIDDEN_SIZES = 4
 
 _SHARED_KEYS = {"input_ids", "attention_mask", "completion_mask"}
 # What configs call the number of tokens that attention reaches back.
@@ -85,16 +87,21 @@ def plain_batch(inputs: Mapping[str, Any]) -> AnswerBatch:
 
 
 def shared_batch(
-    inputs: Mapping[str, Any], pad_token_id: int, *, mask_dtype: torch.dtype | None = None
+    inputs: Mapping[str, Any],
+    pad_token_id: int,
+    *,
+    mask_dtype: torch.dtype | None = None,
+    hidden_size: int = 1024,
 ) -> AnswerBatch | None:
     """One row a pair, its common beginning once; or None, where the plain batch is to be used.
 
-    That is where less than a tenth of the tokens would be saved (`MAX_TOKEN_SHARE`; prompts that differ save nothing),
-    and where the model gets more than tokens, such as images.
+    That is where it would save little or nothing (`saves_enough`; so do prompts that differ), and where the model gets
+    more than tokens, such as images.
 
     Args:
         inputs: as for `plain_batch`.
         mask_dtype: None for a boolean attention mask; `mask_dtype_of(model)` knows.
+        hidden_size: the model's; it tells from which length on attention counts most.
     """
     if any(isinstance(value, Tensor) for key, value in inputs.items() if key not in _SHARED_KEYS):
         return None
@@ -106,7 +113,7 @@ def shared_batch(
     before = torch.where(end > start, start, lengths) - 1
     common = common_length(ids, lengths, limit=torch.minimum(before[:pairs], before[pairs:]))
     width, length = torch.stack([shared_width(lengths, common), (end - start).max()]).tolist()  # one transfer
-    if not saves_enough(width, ids):
+    if not saves_enough(width, ids.size(1), hidden_size):
         return None
     rows, source, part = merge_rows(ids, lengths, common, width, pad_token_id)
     scored_here = _merge(scored, source, part) & (part != _PADDING)
@@ -126,14 +133,18 @@ def shared_batch(
 
 
 def shared_ends(
-    inputs: Mapping[str, Any], pad_token_id: int, *, mask_dtype: torch.dtype | None = None
+    inputs: Mapping[str, Any],
+    pad_token_id: int,
+    *,
+    mask_dtype: torch.dtype | None = None,
+    hidden_size: int = 1024,
 ) -> tuple[dict[str, Any], Tensor, Tensor] | None:
     """One row a pair, for a model that says something about a whole sequence at its last token; None as above.
 
     Args:
         inputs: `input_ids` and `attention_mask`, each (2B, T), padded on the right, the chosen rows first.
         pad_token_id: what also marks padding: the last token of a sequence is the last that is another one.
-        mask_dtype: as for `shared_batch`.
+        mask_dtype, hidden_size: as for `shared_batch`.
 
     Returns:
         Keyword arguments of the model's forward, and row and column of each sequence's last token, (2B,).
@@ -144,7 +155,7 @@ def shared_ends(
     pairs = len(ids) // 2
     common = common_length(ids, lengths, limit=lengths[:pairs])
     width = int(shared_width(lengths, common))
-    if not saves_enough(width, ids):
+    if not saves_enough(width, ids.size(1), hidden_size):
         return None
     rows, _, part = merge_rows(ids, lengths, common, width, pad_token_id)
     last = (torch.arange(ids.size(1), device=ids.device) * (ids != pad_token_id)).argmax(1)
@@ -179,9 +190,17 @@ def shared_width(lengths: Tensor, common: Tensor) -> Tensor:
     return (lengths[:pairs] + lengths[pairs:] - common).max()
 
 
-def saves_enough(width: int, ids: Tensor) -> bool:
-    """Whether B rows of `width` tokens are worth it instead of the 2B rows of `ids` (2B, T)."""
-    return width < MAX_TOKEN_SHARE * 2 * ids.size(1)
+def saves_enough(width: int, plain_width: int, hidden_size: int) -> bool:
+    """Whether B rows of `width` tokens are worth it instead of 2B rows of `plain_width`, padding included.
+
+    In a layer, a token's projections and its attention cost about as much when it sees 4 hidden sizes of tokens. A
+    shared row is longer than a plain one, so long answers to short prompts are not worth it.
+    """
+
+    def cost(rows: int, length: int) -> int:
+        return rows * length * (ATTENTION_HIDDEN_SIZES * hidden_size + length)
+
+    return cost(1, width) < MAX_COST_SHARE * cost(2, plain_width)
 
 
 def merge_rows(
