@@ -592,6 +592,11 @@ def test_mistakes_in_streams_are_told(build):
         ValueError, match=r"^`precompute_ref_log_probs=True` needs rows that stay in place, but the tra"
     ):
         build(IterableDataset.from_generator(lambda: iter(ROWS)), {"max_steps": 1, "precompute_ref_log_probs": True})
+    trainer = build(config={"precompute_ref_log_probs": True})
+    with pytest.raises(
+        ValueError, match=r"^`precompute_ref_log_probs=True` needs rows that stay in place, but the eva"
+    ):
+        trainer.evaluate(IterableDataset.from_generator(lambda: iter(ROWS)))
     with pytest.raises(ValueError, match=r"^`max_steps` is -1, but a streamed `train_dataset` has no length; "):
         build(IterableDataset.from_generator(lambda: iter(ROWS)))
 

@@ -137,7 +137,7 @@ def _assert_same(ours, theirs, names=METRICS, expect=("kl", "rewards/margins")):
         pytest.param(ROWS, {"gradient_checkpointing": True}, id="checkpointing", marks=pytest.mark.slow),
         pytest.param(PAIRS, {}, id="pairs", marks=pytest.mark.slow),
         pytest.param(IMPLICIT, {}, id="implicit-prompts", marks=pytest.mark.slow),
-        pytest.param(CHAT_PAIRS, {"max_steps": 2}, id="implicit-conversations"),
+        pytest.param(CHAT_PAIRS, {"max_steps": 2}, id="implicit-conversations", marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_trl(run, rows, config):
@@ -160,6 +160,7 @@ def test_apo_zero_unpaired_equals_trl_but_logs_no_kl(run):
     _assert_same(ours, theirs, [name for name in METRICS if name != "kl"], expect=("rewards/margins",))
 
 
+@pytest.mark.slow
 def test_tools_and_template_settings_equal_trl(run):
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     rows = [{**row, "tools": [tool], "chat_template_kwargs": {"add": 1}} for row in CHATS]
@@ -255,7 +256,9 @@ def _accuracy(prediction):
     return {"accuracy": float(hits.mean())}
 
 
-@pytest.mark.parametrize("metrics", [None, _accuracy], ids=["loss-only", "compute-metrics"])
+@pytest.mark.parametrize(
+    "metrics", [pytest.param(None, marks=pytest.mark.slow), _accuracy], ids=["loss-only", "compute-metrics"]
+)
 def test_evaluation_equals_trl(run, metrics):
     several = {"one": Dataset.from_list(ROWS), "two": Dataset.from_list(CHATS[:3])}
     ours, theirs = run(
@@ -283,6 +286,7 @@ def test_evaluation_equals_trl(run, metrics):
     assert a["eval_kl"] == pytest.approx(b["eval_kl"], rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_model_by_path_equals_trl(tmp_path, tiny_model_dir):
     trained = []
     for config_class, trainer_class, extra in (

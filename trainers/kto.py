@@ -344,21 +344,16 @@ class KTOTrainer(ModelCardMixin, Trainer):
                 num_proc=args.dataset_num_proc,
                 length_column=args.length_column_name if by_length else None,
             )
-            if args.precompute_ref_log_probs and not isinstance(dataset, Dataset):
-                raise ValueError(
-                    f"`precompute_ref_log_probs=True` needs rows that stay in place, but the {name} dataset is a "
-                    "stream; pass a datasets.Dataset, or set it to False."
-                )
             if args.loss_type == "kto":
                 self._spares = self._spares or spare_rows(dataset, args.seed, name)
-                if args.precompute_ref_log_probs:
+                if args.precompute_ref_log_probs and isinstance(dataset, Dataset):
                     dataset = fix_mismatched_completions(dataset, self._spares, args.dataset_num_proc)
         return dataset, facts
 
     def _ask_reference(self, dataset: Any, name: str) -> Any:
         """Add what the reference says about each row: `ref_logps`, and for the mismatched pair `ref_KL_logps`."""
         args = self.args
-        present = [column for column in _reference_columns(args) if column in dataset.column_names]
+        present = [column for column in _reference_columns(args) if column in (dataset.column_names or ())]
         if len(present) == len(_reference_columns(args)):
             return dataset
         dataset = dataset.remove_columns(present)
