@@ -136,3 +136,21 @@ def test_cloning_without_rounding(tmp_path, tiny_tokenizer_factory, tiny_model_f
     assert result[0] is model and result[1] is tokenizer
     assert result[2] == theirs[2] == [300]
     assert model.get_input_embeddings().weight.shape == theirs[0].get_input_embeddings().weight.shape
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "idefics3"])
+def test_processors_have_their_own_template(name, tiny_tokenizer_factory):
+    from transformers import ProcessorMixin
+
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer=None, chat_template=None):
+            super().__init__(tokenizer, chat_template=chat_template)
+
+    tokenizer = tiny_tokenizer_factory(chat_template=None, bos_token="<bos>")
+    processor = Processor(tokenizer, chat_template=_template(name))
+    assert outspoken.supports_tool_calling(processor) == trl.supports_tool_calling(processor) == (name == "qwen3_vl")
+    expected = outspoken.get_training_chat_template(tiny_tokenizer_factory(chat_template=_template(name)))
+    assert outspoken.get_training_chat_template(processor) == expected
+    if name == "qwen3_vl":
+        assert outspoken.add_response_schema(processor) is processor
+        assert tokenizer.response_template["start_anchor"] == "<|im_start|>assistant\n"

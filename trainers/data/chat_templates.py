@@ -175,13 +175,13 @@ def get_training_chat_template(
     return training_template(template, _special_tokens(processing_class))
 
 
-def template_with_marks(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's chat template if it marks the assistant's words, else its training variant, if there is one."""
-    template = default_template(tokenizer)
+def template_with_marks(processing_class: Processing) -> str | None:
+    """The chat template if it marks the assistant's words, else its training variant; None if there is neither."""
+    template = default_template(processing_class)
     if template is None or marks_generation(template):
         return template
     try:
-        return training_template(template, _special_tokens(tokenizer))
+        return training_template(template, _special_tokens(processing_class))
     except NotPatchable:
         return None
 
