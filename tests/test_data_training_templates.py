@@ -288,6 +288,19 @@ def test_marks_that_are_there_stay(tokenizer_of):
         assert _rendered(tokenizer, variant, messages) == _rendered(tokenizer, marked, messages)
 
 
+def test_arguments_of_calls_as_objects_and_as_text(tokenizer_of):
+    """DeepSeek-V3's template takes text only. TRL's variant takes objects, and quotes text once more."""
+    tokenizer = tokenizer_of(_template("deepseekv3"))
+    variant = outspoken.get_training_chat_template(tokenizer)
+    as_object = [_user("How warm?"), _assistant("", None, ("weather", {"days": 2}))]
+    as_text = [_user("How warm?"), _assistant("", None, ("weather", '{"days": 2}'))]
+    assert _rendered(tokenizer, tokenizer.chat_template, as_object) is None
+    original = _rendered(tokenizer, tokenizer.chat_template, as_text)[0]
+    assert _rendered(tokenizer, variant, as_text)[0] == _rendered(tokenizer, variant, as_object)[0] == original
+    theirs = trl.get_training_chat_template(tokenizer)
+    assert r'"{\"days\": 2}"' in _rendered(tokenizer, theirs, as_text)[0]
+
+
 def test_named_templates(tokenizer_of):
     tokenizer = tokenizer_of({"default": _template("qwen2_5"), "other": "{{ messages }}"})
     assert outspoken.get_training_chat_template(tokenizer) == training_template(_template("qwen2_5"), SPECIAL)
