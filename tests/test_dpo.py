@@ -537,7 +537,7 @@ WRONG_DATA = {
         [{"prompt_ids": "five", "chosen_ids": [6], "rejected_ids": [5]}],
         "column 'prompt_ids': expected a list of token ids",
     ),
-    "images": ([{**ROWS[0], "images": [1]}], "DPOTrainer trains text models only"),
+    "images": ([{**ROWS[0], "images": [1]}], "The train dataset has a column of images, but TokenizersBackend is a"),
     "tools": (
         [{key: [{"role": "user", "content": text}] for key, text in ROWS[0].items()} | {"tools": "{"}],
         "Row 0 of the train dataset, column 'tools': not valid JSON",

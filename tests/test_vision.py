@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from outspoken.trainers.data.vision import DataCollatorForVisionLanguageModeling, DataCollatorForVisionPreference
+from outspoken.trainers.dpo import DPOConfig, DPOTrainer
 from outspoken.trainers.sft import SFTConfig, SFTTrainer
 
 Image = pytest.importorskip("PIL.Image")
@@ -142,6 +143,18 @@ def text_pairs():
     ]
 
 
+def preferences():
+    def row(images, asked, chosen, rejected):
+        answers = {"chosen": chosen, "rejected": rejected}
+        said = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+        return {"images": images, "prompt": turns(asked), **said}
+
+    return [
+        row([picture(0)], "What is this?", "It is red.", "Blue."),
+        row([picture(1), picture(2, 32)], "Same?", "No.", "It is a large green square."),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------- batches
 
 
@@ -190,24 +203,9 @@ def test_a_row_read_by_hand(processor):
 def test_preference_batches_equal_trl(processor):
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference as Theirs
 
-    def rows():
-        answers = ("It is red.", "Blue.", "No.", "It is a large green square.")
-        made = [
-            {"images": [picture(0)], "prompt": turns("What is this?"), "chosen": answers[0], "rejected": answers[1]},
-            {
-                "images": [picture(1), picture(2, 32)],
-                "prompt": turns("Same?"),
-                "chosen": answers[2],
-                "rejected": answers[3],
-            },
-        ]
-        return [
-            row | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in made
-        ]  # fmt: skip
-
     for settings in ({}, {"max_length": 48}):
-        ours = DataCollatorForVisionPreference(processor, **settings)(rows())
-        theirs = Theirs(processor, **settings)(rows())
+        ours = DataCollatorForVisionPreference(processor, **settings)(preferences())
+        theirs = Theirs(processor, **settings)(preferences())
         assert {*ours} - {*theirs} == ({"truncated"} if settings else set())
         for name, value in theirs.items():
             assert torch.equal(ours[name], value), name
@@ -251,10 +249,13 @@ def build(tmp_path, tiny_vlm, processor):
     """`build(rows, trainer="ours", options={}, **config)`: a trainer that has not trained yet."""
 
     def make(rows, trainer="ours", options=None, **config):
-        config_class, trainer_class, extra = {
-            "ours": (SFTConfig, SFTTrainer, {"diagnose": False}),
-            "trl": (trl.SFTConfig, trl.SFTTrainer, {}),
+        config_class, trainer_class = {
+            "ours": (SFTConfig, SFTTrainer),
+            "trl": (trl.SFTConfig, trl.SFTTrainer),
+            "our dpo": (DPOConfig, DPOTrainer),
+            "trl dpo": (trl.DPOConfig, trl.DPOTrainer),
         }[trainer]
+        extra = {"diagnose": False} if "our" in trainer else {}
         settings = {
             "output_dir": str(tmp_path / trainer), "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no",
             "logging_steps": 1, "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2,
@@ -262,21 +263,22 @@ def build(tmp_path, tiny_vlm, processor):
         }  # fmt: skip
         return trainer_class(
             tiny_vlm(),
-            config_class(**settings),
+            args=config_class(**settings),
             train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+            **({"ref_model": tiny_vlm()} if trainer == "trl dpo" else {}),  # which loads it from a path
             **{"processing_class": processor, **(options or {})},
         )
 
     return make
 
 
-def _assert_same(ours, theirs):
+def _assert_same(ours, theirs, names=("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")):
     for trainer in (ours, theirs):
         trainer.train()
     mine = [entry for entry in ours.state.log_history if "loss" in entry]
     other = [entry for entry in theirs.state.log_history if "loss" in entry]
     for a, b in zip(mine, other, strict=True):
-        for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        for name in names:
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
     expected = dict(theirs.model.named_parameters())
     for name, parameter in ours.model.named_parameters():
@@ -304,6 +306,44 @@ def test_training_equals_trl(build, rows, config):
     moved = {name for name, parameter in ours.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert any("visual" in name for name in moved)
     assert any("language_model" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        pytest.param({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, marks=pytest.mark.slow),
+        pytest.param({"loss_type": "ipo", "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["sigmoid", "with-sft", "ipo"],
+)
+def test_preference_training_equals_trl(build, config):
+    names = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+             "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy", "num_tokens")  # fmt: skip
+    settings = {"beta": 0.5, "per_device_train_batch_size": 1, **config}
+    _assert_same(build(preferences(), "our dpo", **settings), build(preferences(), "trl dpo", **settings), names)
+
+
+def test_preferences_of_an_adapter_and_their_evaluation(build):
+    from peft import LoraConfig
+
+    options = {
+        "peft_config": LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        "eval_dataset": Dataset.from_list(preferences()),
+    }
+    trainer = build(preferences(), "our dpo", options, max_steps=3, learning_rate=1.0)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate(Dataset.from_list(preferences()))
+    assert before["eval_rewards/margins"] == 0
+    assert after["eval_rewards/margins"] > 0
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_preferences_in_text_of_a_model_that_sees(build):
+    rows = [{name: value for name, value in row.items() if name != "images"} for row in preferences()]
+    settings = {"max_steps": 1, "beta": 0.5}
+    _assert_same(build(rows, "our dpo", **settings), build(rows, "trl dpo", **settings), ("loss", "logps/chosen"))
 
 
 def test_evaluation_and_streams(build):
@@ -377,9 +417,17 @@ def test_mistakes_are_told_at_once(build, rows, config, message):
     assert str(error.value) == message
 
 
-def test_a_tokenizer_does_not_see(build, processor):
+def test_reference_scores_need_the_images_again(build):
+    with pytest.raises(
+        ValueError, match=r"^`precompute_ref_log_probs=True` does not work with images; set it to False"
+    ):
+        build(preferences(), "our dpo", precompute_ref_log_probs=True)
+
+
+@pytest.mark.parametrize(("trainer", "rows"), [("ours", chats), ("our dpo", preferences)])
+def test_a_tokenizer_does_not_see(build, processor, trainer, rows):
     with pytest.raises(ValueError) as error:
-        build(chats(), options={"processing_class": processor.tokenizer})
+        build(rows(), trainer, options={"processing_class": processor.tokenizer})
     assert str(error.value) == (
         "The train dataset has a column of images, but TokenizersBackend is a tokenizer, which cannot prepare them; "
         "pass a model that sees and its processor, or remove the column."

@@ -34,9 +34,17 @@ from outspoken.diagnostics.recorder import Recorder
 from outspoken.trainers.activation_offloading import offload_activations
 from outspoken.trainers.callbacks import SyncRefModelCallback
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
-from outspoken.trainers.data.formats import first_row
+from outspoken.trainers.data.checks import PREFERENCE, check_rows
+from outspoken.trainers.data.formats import column_names, first_row
 from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.preference import TOKENS, prepare_preference
+from outspoken.trainers.data.vision import (
+    IMAGE_COLUMNS,
+    DataCollatorForVisionPreference,
+    contents_as_blocks,
+    expect_unused_parameters,
+    refuse_with_images,
+)
 from outspoken.trainers.logprobs import TokenScores, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses import preference as losses
 from outspoken.trainers.measuring import RecentCorrelation, end_token_ids, ends_with, gather_rows, sum_over_processes
@@ -394,9 +402,10 @@ class DPOTrainer(ModelCardMixin, Trainer):
         args: a `DPOConfig`; a `TrainingArguments`, or TRL's `DPOConfig`, is converted.
         data_collator: makes batches of prepared rows, with the keys of `DataCollatorForPreference`.
         train_dataset: rows with `chosen` and `rejected`, and `prompt` unless both begin with it; see
-            `outspoken.trainers.data.preference.prepare_preference`. A stream (`IterableDataset`) needs `max_steps`.
+            `outspoken.trainers.data.preference.prepare_preference`. With `image` or `images` beside, a model that sees
+            is trained; see `outspoken.trainers.data.vision`. A stream (`IterableDataset`) needs `max_steps`.
         eval_dataset: the same, or a dict of several.
-        processing_class: the tokenizer; by default the one beside the model.
+        processing_class: the tokenizer, or the processor of a model that sees; by default the one beside the model.
         compute_metrics: metrics of an evaluation, from its logits and `input_ids`. Needs the full logits.
         callbacks, optimizers: as in `Trainer`.
         quantization_config: a `BitsAndBytesConfig`, for a model given as a path.
@@ -435,10 +444,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
     ):
         args = as_config(DPOConfig, args, model, "DPOTrainer")
         check_datasets(train_dataset, eval_dataset, args)
-        if {"image", "images"} & {*first_row(train_dataset, "train")}:
-            raise ValueError(
-                "DPOTrainer trains text models only, but the train dataset has a column of images; remove it."
-            )
+        self._sees = bool({*IMAGE_COLUMNS} & {*first_row(train_dataset, "train")})
         adapted = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if args.sync_ref_model and adapted:
             raise ValueError(
@@ -446,18 +452,24 @@ class DPOTrainer(ModelCardMixin, Trainer):
                 "model below it; set it to False."
             )
         prepare_liger(args)
-        processing = prepare_processing(model, args, processing_class, trainer="DPOTrainer")
+        processing = prepare_processing(model, args, processing_class, trainer="DPOTrainer", images=True)
+        self._processing = processing
+        if self._sees:
+            refuse_with_images(processing.processor, args, "DPOTrainer")
+        expect_unused_parameters(processing.processor, args)
         self.recorder = Recorder()
         self._end_tokens = end_token_ids(processing.tokenizer)
         self._pad_token_id = processing.pad_token_id
         self._margins_and_lengths = RecentCorrelation()
         self._initial_gap = 0.0
-        train_dataset, facts = self._prepare(train_dataset, "train", args, processing.tokenizer)
+        train_dataset, facts = self._prepare(train_dataset, "train", args)
         self.recorder.facts.update(facts)
-        eval_dataset = map_datasets(
-            eval_dataset, "eval", lambda dataset, name: self._prepare(dataset, name, args, processing.tokenizer)[0]
-        )
-        if data_collator is None:
+        eval_dataset = map_datasets(eval_dataset, "eval", lambda dataset, name: self._prepare(dataset, name, args)[0])
+        if data_collator is None and self._sees:
+            data_collator = DataCollatorForVisionPreference(
+                processing.processor, args.max_length, args.pad_to_multiple_of
+            )
+        elif data_collator is None:
             data_collator = DataCollatorForPreference(
                 processing.pad_token_id, args.max_length, args.truncation_mode, args.pad_to_multiple_of
             )
@@ -476,7 +488,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing.tokenizer,
+            processing_class=processing.processor,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -500,10 +512,12 @@ class DPOTrainer(ModelCardMixin, Trainer):
             self.eval_dataset = map_datasets(self.eval_dataset, "eval", self._ask_reference)
         finish_setup(self, "dpo")
 
-    def _prepare(
-        self, dataset: AnyDataset, name: str, args: DPOConfig, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[AnyDataset, dict[str, float]]:
-        """Tokenize a dataset; returns it and the facts about it."""
+    def _prepare(self, dataset: AnyDataset, name: str, args: DPOConfig) -> tuple[AnyDataset, dict[str, float]]:
+        """Tokenize a dataset; returns it and the facts about it. Rows with images are prepared batch by batch."""
+        if self._sees:
+            text = [column for column in column_names(dataset, name) if column not in IMAGE_COLUMNS]
+            check_rows(dataset.select_columns(text), name, PREFERENCE, "DPOTrainer")
+            return dataset, {}
         if args.precompute_ref_log_probs and not isinstance(dataset, Dataset):
             raise ValueError(
                 f"`precompute_ref_log_probs=True` needs rows that stay in place, but the {name} dataset is a stream; "
@@ -512,8 +526,8 @@ class DPOTrainer(ModelCardMixin, Trainer):
         by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
         with args.main_process_first(desc=f"preparing the {name} dataset"):
             return prepare_preference(
-                dataset,
-                tokenizer,
+                contents_as_blocks(dataset, self._processing.processor),
+                self._processing.tokenizer,
                 args.max_length,
                 args.truncation_mode,
                 name=name,
@@ -549,7 +563,10 @@ class DPOTrainer(ModelCardMixin, Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*TOKENS, *_REFERENCE_LOGPS, self.args.length_column_name]
+            columns = [*TOKENS, *_REFERENCE_LOGPS, self.args.length_column_name]
+            if self._sees:
+                columns = ["prompt", "chosen", "rejected", *IMAGE_COLUMNS, "tools", "chat_template_kwargs"]
+            self._signature_columns = columns
 
     # The loss
 
@@ -745,7 +762,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
         """Evaluate; a dataset given here is prepared like those given to the trainer."""
         # Of a dict, `Trainer` evaluates one dataset after the other, here.
         if isinstance(eval_dataset, (Dataset, IterableDataset)):
-            eval_dataset, _ = self._prepare(eval_dataset, "eval", self.args, self.processing_class)
+            eval_dataset, _ = self._prepare(eval_dataset, "eval", self.args)
             if self.args.precompute_ref_log_probs:
                 eval_dataset = self._ask_reference(eval_dataset, "eval")
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)

@@ -294,7 +294,7 @@ def refuse_with_images(processor: Any, args: Any, trainer: str) -> None:
     """Raise for a processor and settings that do not go with images.
 
     Args:
-        args: with `max_length` and `truncation_mode`, and maybe `packing`, `eval_packing` and `padding_free`.
+        args: with `max_length` and `truncation_mode`, and whatever it has of the settings below.
         trainer: the trainer's class name, for messages.
     """
     if not isinstance(processor, ProcessorMixin):
@@ -302,7 +302,7 @@ def refuse_with_images(processor: Any, args: Any, trainer: str) -> None:
             f"The train dataset has a column of images, but {type(processor).__name__} is a tokenizer, which cannot "
             "prepare them; pass a model that sees and its processor, or remove the column."
         )
-    for setting in ("packing", "eval_packing", "padding_free"):
+    for setting in ("packing", "eval_packing", "padding_free", "precompute_ref_log_probs"):
         if getattr(args, setting, False):
             raise ValueError(f"`{setting}=True` does not work with images; set it to False.")
     if args.max_length is not None and args.truncation_mode == "keep_end":
