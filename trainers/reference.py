@@ -178,7 +178,8 @@ def _deepspeed_engine(model: Any, accelerator: Any) -> Any:
     else:
         zero["stage"] = 0
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    engine.eval()  # which returns nothing
+    return engine
 
 
 # ---------------------------------------------------------------------- asking it
