@@ -42,7 +42,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from outspoken.trainers.data.formats import is_messages
 from outspoken.trainers.rollouts.batch import pad_ids
 from outspoken.trainers.rollouts.transformers_backend import cut_after_eos, eos_token_ids
-from outspoken.trainers.sharding import blend, is_sharded, local_part, plain_name, save_whole_model, unwrapped
+from outspoken.trainers.sharding import blend, is_sharded, local_part, plain_name, reshard, save_whole_model, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ class BEMACallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._reset()
         self._model = model
+        reshard(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.param_names.append(plain_name(name))
@@ -237,6 +238,7 @@ class BEMACallback(TrainerCallback):
         """While open, the model has the averaged weights; all processes must enter. Yields the model."""
         if self._model is None:
             raise RuntimeError("BEMACallback has no averages before training has begun; call `trainer.train()` first.")
+        reshard(self._model)
         kept: list[Tensor] = []
         if self._keeps:
             with torch.no_grad():
@@ -262,6 +264,7 @@ class BEMACallback(TrainerCallback):
 
     def _reference(self) -> list[nn.Parameter]:
         """The reference's parameters, in the order of `param_names`."""
+        reshard(self._model if self._ref_model is None else self._ref_model)
         if self._ref_model is not None:
             found = {plain_name(name): p for name, p in unwrapped(self._ref_model).named_parameters()}
             names = self.param_names
@@ -309,6 +312,8 @@ class SyncRefModelCallback(TrainerCallback):
     @torch.no_grad()
     def sync_target_model(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
         """`target_model <- alpha * model + (1 - alpha) * target_model`. All processes must call it."""
+        for either in (model, target_model):
+            reshard(either)
         sources, targets = (list(unwrapped(m).parameters()) for m in (model, target_model))
         if len(sources) != len(targets):
             raise ValueError(
@@ -344,6 +349,7 @@ class SyncRefModelCallback(TrainerCallback):
             _save_parts(os.path.join(folder, _parts_file("reference", args, sharded)), self._parts())
 
     def _parts(self) -> dict[str, Tensor]:
+        reshard(self.ref_model)  # type: ignore[arg-type]
         return {plain_name(name): local_part(p) for name, p in unwrapped(self.ref_model).named_parameters()}
 
 

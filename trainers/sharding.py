@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 
@@ -31,6 +31,16 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters()
     )
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every process hold its own share only: FSDP leaves some layers gathered after a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+            pass  # what is gathered here is given back at the end
 
 
 def whole(part: Tensor, shape: torch.Size) -> Tensor:
@@ -81,6 +91,7 @@ def blend(sources: nn.Module, targets: nn.Module, pairs: Iterable[tuple[Tensor, 
 
 def save_whole_model(model: Any, folder: str, main_process: bool) -> None:
     """`save_pretrained` of a model as it is now, sharded or not; all processes must call it."""
+    reshard(model)
     inner = unwrapped(model)
     if not is_sharded(model):
         if main_process:
