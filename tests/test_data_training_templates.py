@@ -235,6 +235,42 @@ def test_marks_by_hand(tokenizer_of):
     assert sum(marked) == len("<think>Greet.</think>Hello.<e>Bye.<e>")
 
 
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (  # the generation prompt is in the loop
+            "{% for m in messages %}\n{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n"
+            "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+            ["Hello.<|endoftext|>", "Bye.<|endoftext|>"],
+        ),
+        (  # no generation prompt
+            "{% for m in messages %}{% if m.role == 'user' %}[Q] {{ m.content }} [/Q]{% else %}{{ ' ' + m.content }}"
+            "{{ eos_token }}{% endif %}{% endfor %}",
+            [" Hello.<|endoftext|>", " Bye.<|endoftext|>"],
+        ),
+        (  # Windows line ends; messages under another name, without the first
+            "{% set rest = messages[1:] %}\r\n<s>{{ messages[0].content }}<e>{% for m in [messages[1]] + messages[2:] -%}\r\n"
+            "<{{ m.role }}>{{ m.content }}<e>\r\n{% endfor %}\r\n{% if add_generation_prompt %}<assistant>{% endif %}",
+            ["Hello.<e>", "Bye.<e>"],
+        ),
+        (  # rounds that are skipped, and values that outlive them
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% if not m.content %}{% continue %}{% endif %}"
+            "{% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m.role }}>{{ m.content }}<e>{% endfor %}"
+            "{% if add_generation_prompt %}{{ ns.n + 1 }}:assistant>{% endif %}",
+            ["Hello.<e>", "Bye.<e>"],
+        ),
+    ],
+)
+def test_templates_of_other_makes(template, written, tokenizer_of):
+    tokenizer = tokenizer_of(template)
+    messages = CONVERSATIONS["two turns"]
+    variant = outspoken.get_training_chat_template(tokenizer)
+    text, marked = _rendered(tokenizer, variant, messages)
+    assert text == _rendered(tokenizer, template, messages)[0]
+    assert _pieces(text, marked) == {piece.strip() for piece in written}
+    assert sum(marked) == sum(map(len, written))
+
+
 _ANYTHING = st.text(alphabet="ab {}%#'\"\\\n<>|/é", min_size=1, max_size=12)
 
 

@@ -541,7 +541,7 @@ class _Patch:
         for messages in self.probes.values():
             for turn, message in enumerate(messages):
                 if message["role"] == "assistant" and self._renders(messages[:turn], add_generation_prompt=True):
-                    prompt = self._turns(messages[:turn], add_generation_prompt=True)[1]
+                    prompt = self._generation_prompt(messages[:turn])
                     written = self._turns(messages[: turn + 1])[0][-1]
                     head = prompt[: common_prefix_length(prompt, written)]
                     if len(head) < len(prompt):  # not within a token
@@ -572,6 +572,12 @@ class _Patch:
                 ),
             ]
         return edits
+
+    def _generation_prompt(self, messages: Messages) -> str:
+        """What asks the model to reply: the text behind the loop, or what the last round adds to it (Zephyr)."""
+        behind = self._turns(messages, add_generation_prompt=True)[1]
+        with_prompt, without = self._text(messages, add_generation_prompt=True), self._text(messages)
+        return behind or (with_prompt.removeprefix(without) if with_prompt.startswith(without) else "")
 
     def _marked_turn(self, stops: dict[str, str]) -> str:
         """Jinja that writes `outspoken_written` with marks around all but the whitespace behind the last token."""
