@@ -276,7 +276,8 @@ def test_temperature_and_gradient_checkpointing(compare):
 
 
 def test_entropy_bonus(compare):
-    compare([spread], entropy_coef=0.05, gradient_accumulation_steps=2, loss_type="grpo")
+    # A weight whose two gradients cancel in the first step is moved by their rounding: Adam divides by their size.
+    compare([spread], entropy_coef=0.05, gradient_accumulation_steps=2, loss_type="grpo", atol=5e-5)
 
 
 def test_high_entropy_tokens_only(compare):

@@ -3,27 +3,38 @@
 Axis letters: `B` rows of a batch, `T` tokens of a row, `N` scored tokens, `H` hidden size, `V` vocabulary.
 
 Two ways in: `scores_from_logits` when the logits exist anyway, and `label_scores`, which runs a causal language model
-and projects only the positions that carry a label, a slice at a time, so that no (B, T, V) tensor is ever built. Both
-recompute a slice's softmax in the backward pass instead of keeping it.
+and projects only the positions that carry a label, a tile at a time, so that no (B, T, V) tensor is ever built. Both
+score with one autograd function, `_LabelScores`, whose backward pass writes the gradient of a tile over the tile.
 """
 
+import math
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 IGNORE_INDEX = -100  # the label of a token that carries no loss
 
-# Rows are scored in slices of at most this many logits: 2**26 float32 values are 256 MiB.
+# At most this many float32 logits (or twice as many in half precision) exist at a time: 2**26 are 256 MiB.
 MAX_SLICE_LOGITS = 2**26
+# They lie in tiles at least so wide, unless that is more: narrow ones read the hidden states once more for each.
+MIN_TILE_WIDTH = 2**15
+# A tile is scored in blocks of so many logits. On a CPU a block and its copy stay in the cache; elsewhere, a block is
+# large against the time that it takes to start a kernel.
+CPU_BLOCK_LOGITS = 2**18
+DEVICE_BLOCK_LOGITS = 2**24
+# The log-probability of a forbidden token, which is -inf, where it is multiplied with its probability: 0, not nan.
+FORBIDDEN = -1e4
 
 
 @dataclass
@@ -94,9 +105,8 @@ def scores_from_logits(
         max_slice_logits: how many float32 logits may exist at a time beside the given ones.
     """
     mask = labels != IGNORE_INDEX
-    return _score(
-        logits, labels, mask, nn.Identity(), logits.size(-1), temperature, want, entropy_grad, max_slice_logits
-    )
+    how = _How(logits.dtype, temperature, tuple(want), entropy_grad, max_slice_logits)
+    return _spread(_score(logits, None, None, mask.nonzero(as_tuple=True), labels[mask], how), mask)
 
 
 def label_scores(
@@ -133,20 +143,22 @@ def label_scores(
     if head is not None and inner not in _HEAD_IS_NOT_ALL:
         with _WithheldHead(head) as withheld:
             output = model(**inputs)
-        if withheld.hidden is not None and withheld.explains(output.logits, inner.config):
-            hidden = withheld.hidden[:, :-1]
-            labels = shift_labels(labels, withheld.hidden.size(1)).to(hidden.device)
-            mask = labels != IGNORE_INDEX
-            project = partial(_project, head=head, finish=partial(finish_logits, config=inner.config))
-            context = withheld.autocast()
-            if fp32_head:
-                hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-            with context:
-                vocabulary = output.logits.size(-1)
-                scores = _score(
-                    hidden, labels, mask, project, vocabulary, temperature, want, entropy_grad, max_slice_logits
-                )
-            return scores, output
+        if withheld.hidden is not None and (inner in _HEAD_IS_ALL or withheld.explains(output.logits, inner.config)):
+            _HEAD_IS_ALL.add(inner)
+            hidden = _Follow.apply(withheld.hidden, output.logits)[:, :-1]
+            mask = (labels := shift_labels(labels, withheld.hidden.size(1)).to(hidden.device)) != IGNORE_INDEX
+            index, targets = mask.nonzero(as_tuple=True), labels[mask]
+            dtype = torch.float32 if fp32_head else withheld.autocast or hidden.dtype
+            how = _How(dtype, temperature, tuple(want), entropy_grad, max_slice_logits)
+            if _is_plain(head):
+                multiplier, cap = logit_transform(inner.config)
+                how = replace(how, multiplier=multiplier, cap=cap)
+                scores = _score(hidden, _whole(head.weight), _whole(head.bias), index, targets, how)
+            else:
+                with torch.autocast(hidden.device.type, dtype=withheld.autocast, enabled=dtype == withheld.autocast):
+                    vocabulary = output.logits.size(-1)
+                    scores = _score_through_head(hidden, head, inner.config, vocabulary, index, targets, how)
+            return _spread(scores, mask), output
         # This architecture does something to its logits that `finish_logits` does not know.
         _HEAD_IS_NOT_ALL.add(inner)
 
@@ -167,6 +179,16 @@ def label_scores(
 def finish_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
     """What an architecture does to its logits after the output head: scaling (Cohere, Granite, Falcon-H1) and the
     tanh soft cap (Gemma)."""
+    multiplier, cap = logit_transform(config)
+    if multiplier != 1:
+        logits = logits * multiplier
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """The two numbers of `finish_logits`: what the head's output is multiplied by, and the soft cap or None."""
     config = config.get_text_config()
     multiplier = next(
         (
@@ -179,16 +201,71 @@ def finish_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
     divisor = getattr(config, "logits_scaling", None)
     if multiplier is None and divisor is not None:
         multiplier = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    if multiplier is not None and multiplier != 1:
-        logits = logits * multiplier
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    return 1.0 if multiplier is None else multiplier, getattr(config, "final_logit_softcapping", None)
 
 
-# Models found to change their logits in a way `finish_logits` does not know: their full logits are used.
+# Models found to change their logits in a way `finish_logits` does not know (their full logits are used), and those
+# found not to.
 _HEAD_IS_NOT_ALL: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_HEAD_IS_ALL: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    """A parameter of the head, gathered if FSDP2 has sharded it again after the model's forward pass."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # FSDP averages gradients over the processes; each has a gradient of its own batch.
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
+
+
+class _Follow(torch.autograd.Function):
+    """`states` as they are, on whose backward pass that of the model's output depends too, without a gradient.
+
+    FSDP2 gathers the root's weights for the backward pass once it reaches an output of the model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, output: Tensor) -> Tensor:
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling the head does nothing but multiply with its weight, which this process holds whole or can gather.
+
+    Not so for adapters, quantized layers, forwards replaced by Accelerate, hooks, and weights that ZeRO-3 or a group of
+    FSDP's around the head gathers when the head is called.
+    """
+    hooks = [
+        hook
+        for hooks in (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
+        for hook in hooks.values()
+    ]
+    if isinstance(head, FSDPModule):
+        gathered = not isinstance(head.weight, DTensor)
+        kind = type(head).__mro__[2]
+        hooks = [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp")]
+    else:
+        gathered, kind = True, type(head)
+    if kind is not nn.Linear or not gathered or hooks or "forward" in vars(head):
+        return False
+    return (
+        all(
+            type(p) in (nn.Parameter, Tensor, DTensor) and p.is_floating_point()
+            for p in (head.weight, head.bias)
+            if p is not None
+        )
+        and not hasattr(head.weight, "ds_id")
+        and head.weight.shape == (head.out_features, head.in_features)
+        and head.weight.untyped_storage().size() > 0
+    )
 
 
 class _WithheldHead:
@@ -197,8 +274,8 @@ class _WithheldHead:
     def __init__(self, head: nn.Module) -> None:
         self.head = head
         self.hidden: Tensor | None = None  # (B, T, H)
+        self.autocast: torch.dtype | None = None  # the precision of the autocast that the head runs under, if any
         self._raw: Tensor | None = None  # what the head made of the last position, (B, 1, V)
-        self._autocast: torch.dtype | None = None
 
     def __enter__(self) -> "_WithheldHead":
         self._handles = [
@@ -214,17 +291,11 @@ class _WithheldHead:
     def _before(self, head: nn.Module, args: tuple) -> tuple:
         self.hidden = args[0]
         device = args[0].device.type
-        self._autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return (args[0][:, -1:], *args[1:])
 
     def _after(self, head: nn.Module, args: tuple, output: Tensor) -> None:
         self._raw = output.detach()
-
-    def autocast(self) -> AbstractContextManager:
-        """The autocast state the head would have run under."""
-        if self._autocast is None or self.hidden is None:
-            return nullcontext()
-        return torch.autocast(self.hidden.device.type, dtype=self._autocast)
 
     def explains(self, logits: Tensor, config: PreTrainedConfig) -> bool:
         """Whether the model's logits of the kept position are what `finish_logits` makes of the head's output."""
@@ -232,10 +303,6 @@ class _WithheldHead:
             return False
         expected = finish_logits(self._raw, config).float()
         return torch.allclose(logits.detach().float(), expected, rtol=1e-2, atol=1e-3, equal_nan=True)
-
-
-def _project(rows: Tensor, head: nn.Module, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    return finish(head(rows))
 
 
 def shift_labels(labels: Tensor, length: int) -> Tensor:
@@ -246,64 +313,394 @@ def shift_labels(labels: Tensor, length: int) -> Tensor:
     return labels[:, 1:]
 
 
+@dataclass(frozen=True)
+class _How:
+    """How logits are made of states, and what is computed of them."""
+
+    dtype: torch.dtype  # in which the head projects
+    temperature: float
+    want: tuple[str, ...]
+    entropy_grad: bool
+    max_slice_logits: int
+    multiplier: float = 1.0  # see `logit_transform`
+    cap: float | None = None
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The precision of the softmax: in bfloat16 it would be off by percents."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+_Scores = dict[str, Tensor]  # fields of `TokenScores`, each (N,)
+
+
 def _score(
-    states: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    project: Callable[[Tensor], Tensor],
+    states: Tensor, weight: Tensor | None, bias: Tensor | None, index: tuple[Tensor, ...], targets: Tensor, how: _How
+) -> _Scores:
+    """The scores of N labels; the arguments are those of `_LabelScores`."""
+    if how.temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {how.temperature}.")
+    names = ("logps", "entropy", "mean_logps", "is_top1", "mean_logits", "log_sum_sq_probs")
+    values = _LabelScores.apply(states, weight, bias, targets, how, torch.is_grad_enabled(), *index)
+    return {name: value for name, value in zip(names, values) if value is not None}
+
+
+def _score_through_head(
+    hidden: Tensor,
+    head: nn.Module,
+    config: PreTrainedConfig,
     vocabulary: int,
-    temperature: float,
-    want: tuple[str, ...],
-    entropy_grad: bool,
-    max_slice_logits: int,
-) -> TokenScores:
-    """Score the positions in `mask`: states (..., H) or (..., V), labels and mask (...)."""
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
-    rows, targets = states[mask], labels[mask]
-    size = max(1, max_slice_logits // vocabulary)
+    index: tuple[Tensor, ...],
+    targets: Tensor,
+    how: _How,
+) -> _Scores:
+    """The scores of N labels by calling the head, whatever it is, on slices of their hidden states."""
+
+    def score(rows: Tensor, targets: Tensor) -> _Scores:
+        logits = finish_logits(head(rows), config)
+        places = torch.arange(len(rows), device=rows.device)
+        return _score(logits, None, None, (places,), targets, replace(how, dtype=logits.dtype))
+
+    rows = hidden[index].float() if how.dtype == torch.float32 else hidden[index]
+    size = max(1, how.max_slice_logits // vocabulary)
     slices = [
-        checkpoint(_score_slice, row, target, project, temperature, want, entropy_grad, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else _score_slice(row, target, project, temperature, want, entropy_grad)
+        checkpoint(score, row, target, use_reentrant=False) if torch.is_grad_enabled() else score(row, target)
         for row, target in zip(rows.split(size), targets.split(size))
     ]
-    scores = {}
-    for name in ("logps", *want):
-        values = torch.cat([part[name] for part in slices])
-        # masked_scatter keeps the graph connected when nothing is scored, so backward gives zeros instead of failing.
-        scores[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
-    return TokenScores(mask=mask, **scores)
+    return _join(slices)
 
 
-def _score_slice(
-    rows: Tensor,
-    targets: Tensor,
-    project: Callable[[Tensor], Tensor],
-    temperature: float,
-    want: tuple[str, ...],
-    entropy_grad: bool,
-) -> dict[str, Tensor]:
-    """Scores of N rows, each (N,). The softmax is taken in float32: in bfloat16 it is off by percents."""
-    logits = project(rows)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    normalizer = logits.logsumexp(-1)
-    scores = {"logps": logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normalizer}
-    if "entropy" in want:
-        with nullcontext() if entropy_grad else torch.no_grad():
-            all_logps = logits - normalizer.unsqueeze(-1)
-            # A forbidden token (logit -inf) adds 0 to the entropy, not 0 * inf.
-            scores["entropy"] = -(all_logps.exp() * all_logps.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
-    if "is_top1" in want:
-        scores["is_top1"] = logits.detach().argmax(-1) == targets
-    if "mean_logps" in want:
-        scores["mean_logps"] = logits.mean(-1) - normalizer
-    if "mean_logits" in want:
-        scores["mean_logits"] = logits.detach().mean(-1)
-    if "log_sum_sq_probs" in want:
-        with torch.no_grad():
-            scores["log_sum_sq_probs"] = (2 * logits).logsumexp(-1) - 2 * normalizer
-    return scores
+def _spread(scores: _Scores, mask: Tensor) -> TokenScores:
+    """N scores at the places of the N labels, zero elsewhere."""
+    # masked_scatter keeps the graph connected when nothing is scored, so backward gives zeros instead of failing.
+    return TokenScores(
+        mask=mask, **{name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in scores.items()}
+    )
+
+
+def _join(parts: list[_Scores]) -> _Scores:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class _LabelScores(torch.autograd.Function):
+    """Scores of N labels, each (N,), from their states: hidden states and the output head's weight, or logits.
+
+    The logits exist in tiles, some rows x some of the vocabulary. Within a tile, blocks of rows that fit into the
+    processor's cache are scored in place; the tiles of the same rows are merged. The backward pass computes each tile
+    again and writes its gradient over it, unless a single tile holds all logits: then their probabilities stay in its
+    memory. Products that are summed over tiles are summed in float32, because rounding each to bfloat16 first biases
+    training.
+
+    Args of `apply`:
+        states: (..., H), or logits (..., V) if there is no weight.
+        weight, bias: the head's, (V, H) and (V,), or None.
+        targets: (N,), the labels.
+        how: see `_How`.
+        training: whether a backward pass may follow.
+        index: where the N rows lie in `states`, one (N,) tensor for each leading dimension.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        how: _How,
+        training: bool,
+        *index: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        vocabulary = (states if weight is None else weight.t()).size(-1)
+        kept = None
+        parts = []
+        for rows, columns, tile in _tiles(states, weight, bias, index, how):
+            whole = weight is not None and tile.shape == (len(targets), vocabulary)
+            keep = training and whole and how.cap is None and not how.entropy_grad
+            found = _score_tile(tile, targets[rows] - columns.start, how, keep)
+            if columns.start == 0:
+                parts.append(found)
+            else:
+                parts[-1] = _merge(parts[-1], found)
+            kept = tile if keep else None
+        found = _join(parts)
+        normalizer, mean = found["normalizer"], found["sum"] / vocabulary if "sum" in found else None
+        logps = found["label"] - normalizer
+        entropy = found.get("entropy")
+        scores = {
+            "logps": logps,
+            "entropy": entropy,
+            "mean_logps": mean - normalizer if mean is not None and "mean_logps" in how.want else None,
+            "is_top1": found.get("is_top1"),
+            "mean_logits": mean if "mean_logits" in how.want else None,
+            "log_sum_sq_probs": found.get("log_sum_sq_probs"),
+        }
+        ctx.how, ctx.kept = how, kept
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(states, weight, bias, targets, normalizer, logps, entropy, *index)
+        without = ("is_top1", "mean_logits", "log_sum_sq_probs", *(() if how.entropy_grad else ("entropy",)))
+        ctx.mark_non_differentiable(*(scores[name] for name in without if scores[name] is not None))
+        return tuple(scores.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        states, weight, bias, targets, normalizer, logps, entropy, *index = ctx.saved_tensors
+        how: _How = ctx.how
+        kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward pass computes it again
+        vocabulary = (states if weight is None else weight.t()).size(-1)
+        on_rows = _RowGradients.of(*grads[:3], entropy, vocabulary, how)
+        everything = slice(0, len(targets)), slice(0, vocabulary)
+        tiles = [(*everything, kept)] if kept is not None else _tiles(states, weight, bias, tuple(index), how)
+
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_states = torch.zeros(states.shape, dtype=states.dtype, device=states.device) if wants_states else None
+        grad_weight = grad_bias = grad_rows = None
+        for rows, columns, tile in tiles:
+            on_tile, local = on_rows.select(rows), targets[rows] - columns.start
+            if kept is not None:
+                _overwrite_probabilities(tile, local, logps, on_tile)
+            else:
+                _overwrite_logits(tile, local, normalizer[rows], on_tile, how)
+            places = tuple(i[rows] for i in index)
+            if weight is None:
+                grad_states[places] = tile.to(states.dtype)
+                continue
+            if wants_states:
+                first = columns.start == 0
+                if first:
+                    once = columns.stop == vocabulary
+                    grad_rows = tile.new_empty(len(tile), states.size(-1), dtype=how.dtype if once else how.exact)
+                _add_product(grad_rows, tile, weight[columns].to(how.dtype), first)
+                if columns.stop == vocabulary:
+                    grad_states[places] = grad_rows.to(states.dtype)
+            if wants_weight:
+                first = rows.start == 0
+                if grad_weight is None:
+                    once = rows.stop == len(targets) and weight.dtype == how.dtype
+                    grad_weight = torch.empty_like(weight, dtype=how.dtype if once else how.exact)
+                _add_product(grad_weight[columns], tile.t(), states[places].to(how.dtype), first)
+            if wants_bias:
+                if grad_bias is None:
+                    grad_bias = torch.zeros_like(bias, dtype=how.exact)
+                grad_bias[columns] += tile.sum(0, dtype=how.exact)
+        return (
+            grad_states,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * (3 + len(index)),
+        )
+
+
+def _tiles(
+    states: Tensor, weight: Tensor | None, bias: Tensor | None, index: tuple[Tensor, ...], how: _How
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The logits, a tile at a time in the same memory: which rows, which columns, and a tensor to overwrite.
+
+    At least one, if need be without rows. Tiles of the same rows follow one another.
+    """
+    number = len(index[0])
+    if weight is None:
+        size = max(1, min(how.max_slice_logits, _block_size(states)) // states.size(-1))
+        for rows in _slices(number, size):
+            yield rows, slice(0, states.size(-1)), states[tuple(i[rows] for i in index)].to(how.exact)
+        return
+    limit = how.max_slice_logits * (2 if states.is_cuda and how.dtype.itemsize == 2 else 1)
+    height = min(number, max(1, limit // min(len(weight), MIN_TILE_WIDTH)))
+    width = min(len(weight), max(1, limit // max(1, height)))
+    buffer = states.new_empty(height * width, dtype=how.dtype)
+    for rows in _slices(number, height):
+        inputs = states[tuple(i[rows] for i in index)].to(how.dtype)
+        for columns in _slices(len(weight), width):
+            shape = len(inputs), columns.stop - columns.start
+            tile = buffer[: math.prod(shape)].view(shape)
+            part = weight[columns].to(how.dtype).t()
+            if bias is None:
+                torch.mm(inputs, part, out=tile)
+            else:
+                torch.addmm(bias[columns].to(how.dtype), inputs, part, out=tile)
+            yield rows, columns, tile
+
+
+def _slices(number: int, size: int) -> list[slice]:
+    """`range(number)` in as few slices of at most `size` as possible, none longer than the first; at least one."""
+    count = max(1, math.ceil(number / max(1, size)))
+    ends = [math.ceil(number * i / count) for i in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+def _block_size(like: Tensor) -> int:
+    return CPU_BLOCK_LOGITS if like.device.type == "cpu" else DEVICE_BLOCK_LOGITS
+
+
+def _blocks(tile: Tensor) -> list[slice]:
+    return _slices(len(tile), max(1, _block_size(tile) // tile.size(1)))
+
+
+def _finish_tile(block: Tensor, how: _How) -> Tensor:
+    """The logits to score from what the head made, in the precision of the softmax: `block` itself if it has it."""
+    logits = block.to(how.exact)
+    factor = how.multiplier / how.temperature if how.cap is None else how.multiplier / how.cap
+    if factor != 1:
+        logits.mul_(factor)
+    if how.cap is not None:
+        logits.tanh_().mul_(how.cap / how.temperature)
+    return logits
+
+
+def _score_tile(tile: Tensor, targets: Tensor, how: _How, keep: bool) -> _Scores:
+    """Scores of a tile's rows as far as its columns tell; it is overwritten, if `keep` by the rows' probabilities.
+
+    Targets are numbers of columns; one that is out of range lies in another tile.
+    """
+    want = {"mean_logits" if name == "mean_logps" else name for name in how.want}
+    scratch = None
+    parts = []
+    for block in _blocks(tile):
+        logits, local = _finish_tile(tile[block], how), targets[block]
+        inside = (local >= 0) & (local < logits.size(1))
+        at_label = logits.gather(1, local.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1)
+        top = logits.amax(1)
+        found = {"label": at_label.masked_fill(~inside, -math.inf), "top": top}
+        if "is_top1" in want:
+            found["is_top1"] = inside & _is_first_maximum(logits, local, at_label, top)
+        if "mean_logits" in want:
+            found["sum"] = logits.sum(1)
+        shift = top.clamp(
+            min=torch.finfo(how.exact).min
+        )  # a tile may hold nothing but forbidden tokens, whose logits are -inf
+        logits.sub_(shift.unsqueeze(1))
+        if "entropy" in want:
+            logits.clamp_(min=FORBIDDEN)
+            scratch = torch.empty_like(logits) if scratch is None else scratch
+            exps = torch.exp(logits, out=scratch[: len(logits)])
+        else:
+            exps = logits.exp_()
+        total = exps.sum(1).clamp_(min=torch.finfo(how.exact).tiny)
+        found["normalizer"] = shift + total.log()
+        if "entropy" in want:
+            found["entropy"] = total.log() - logits.mul_(exps).sum(1) / total
+        if "log_sum_sq_probs" in want:
+            found["log_sum_sq_probs"] = exps.square().sum(1).log() - 2 * total.log()
+        if keep:
+            torch.div(exps, total.unsqueeze(1), out=tile[block])
+        parts.append(found)
+    return _join(parts)
+
+
+def _is_first_maximum(logits: Tensor, targets: Tensor, at_target: Tensor, top: Tensor) -> Tensor:
+    """Whether the target is the first of the row's largest logits."""
+    if logits.device.type != "cpu":
+        return logits.argmax(1) == targets
+    # On a CPU `argmax` takes as long as all the rest, and is needed only to break ties.
+    hit = at_target == top
+    rows = hit.nonzero().squeeze(1)
+    hit[rows] = logits[rows].argmax(1) == targets[rows]
+    return hit
+
+
+def _merge(left: _Scores, right: _Scores) -> _Scores:
+    """Scores of rows from those of two parts of the vocabulary, `left` in front."""
+    normalizer = torch.logaddexp(left["normalizer"], right["normalizer"])
+    shares = [(part["normalizer"] - normalizer).exp() for part in (left, right)]
+    merged = {
+        "normalizer": normalizer,
+        "label": torch.maximum(left["label"], right["label"]),
+        "top": torch.maximum(left["top"], right["top"]),
+    }
+    if "is_top1" in left:
+        overtaken = right["top"] > left["top"]
+        merged["is_top1"] = torch.where(overtaken, right["is_top1"], left["is_top1"])
+    if "sum" in left:
+        merged["sum"] = left["sum"] + right["sum"]
+    if "entropy" in left:
+        merged["entropy"] = sum(
+            share * (part["entropy"] + normalizer - part["normalizer"]) for share, part in zip(shares, (left, right))
+        )
+    if "log_sum_sq_probs" in left:
+        merged["log_sum_sq_probs"] = torch.logaddexp(
+            *(part["log_sum_sq_probs"] + 2 * (part["normalizer"] - normalizer) for part in (left, right))
+        )
+    return merged
+
+
+@dataclass
+class _RowGradients:
+    """What is needed of each row for the gradient of its logits, p (share + slope log p) + flat + label [is the label].
+
+    Each (N,); `flat` and `slope` are None where they are zero.
+    """
+
+    label: Tensor
+    share: Tensor
+    flat: Tensor | None
+    slope: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        on_logps: Tensor | None,
+        on_entropy: Tensor | None,
+        on_mean_logps: Tensor | None,
+        entropy: Tensor | None,
+        vocabulary: int,
+        how: _How,
+    ) -> "_RowGradients":
+        """From the gradients of the scores: of log p_label it is [is the label] - p, of the mean of log p it is
+        1/V - p, and of the entropy it is -p (log p + entropy)."""
+        some = next(grad for grad in (on_logps, on_entropy, on_mean_logps) if grad is not None)
+        factor = how.multiplier / how.temperature
+        label = torch.zeros_like(some) if on_logps is None else on_logps * factor
+        share, flat, slope = -label, None, None
+        if on_mean_logps is not None:
+            share, flat = share - on_mean_logps * factor, on_mean_logps * (factor / vocabulary)
+        if on_entropy is not None:
+            slope = -on_entropy * factor
+            share = share + slope * entropy
+        return cls(label, share, flat, slope)
+
+    def select(self, rows: slice) -> "_RowGradients":
+        return _RowGradients(*(None if value is None else value[rows] for value in vars(self).values()))
+
+
+def _overwrite_probabilities(tile: Tensor, targets: Tensor, logps: Tensor, on: _RowGradients) -> None:
+    """Write the gradient of the logits, (N, V), over their probabilities."""
+    at_label = on.share * logps.exp() + on.label  # from float32, for 1 - p is lost in half precision
+    tile.mul_(on.share.unsqueeze(1))
+    if on.flat is not None:
+        tile.add_(on.flat.unsqueeze(1))
+        at_label += on.flat
+    tile.scatter_(1, targets.unsqueeze(1), at_label.unsqueeze(1).to(tile.dtype))
+
+
+def _overwrite_logits(tile: Tensor, targets: Tensor, normalizer: Tensor, on: _RowGradients, how: _How) -> None:
+    """Write the gradient of what the head made over it; the tile is a part of the vocabulary, as in `_score_tile`."""
+    for block in _blocks(tile):
+        logits, local, at = _finish_tile(tile[block], how), targets[block], on.select(block)
+        through_cap = None if how.cap is None else 1 - (logits * (how.temperature / how.cap)).square_()
+        logits.sub_(normalizer[block].unsqueeze(1))  # log p
+        if at.slope is None:
+            logits.exp_().mul_(at.share.unsqueeze(1))
+        else:
+            p = logits.exp()
+            logits.clamp_(min=FORBIDDEN).mul_(at.slope.unsqueeze(1)).add_(at.share.unsqueeze(1)).mul_(p)
+        if at.flat is not None:
+            logits.add_(at.flat.unsqueeze(1))
+        inside = (local >= 0) & (local < logits.size(1))
+        at_label = torch.where(inside, at.label, 0.0).unsqueeze(1)
+        logits.scatter_add_(1, local.clamp(0, logits.size(1) - 1).unsqueeze(1), at_label)
+        if through_cap is not None:
+            logits.mul_(through_cap)
+        if logits.dtype != tile.dtype:
+            tile[block] = logits
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total += left @ right, summed in the precision of `total`; `first`: total = left @ right."""
+    beta = 0.0 if first else 1.0
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=beta)
+    elif total.is_cuda and torch.__version__ >= (2, 8):  # type: ignore[operator]
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
