@@ -46,7 +46,7 @@ from outspoken.trainers.data.checks import SUPERVISED, check_rows
 from outspoken.trainers.data.formats import column_names, first_row
 from outspoken.trainers.data.packing import PACKING_STRATEGIES, pack_dataset
 from outspoken.trainers.data.padding import pad
-from outspoken.trainers.data.supervised import SupervisedFormat, prepare_supervised
+from outspoken.trainers.data.supervised import SupervisedFormat, check_prepared, prepare_supervised
 from outspoken.trainers.data.vision import (
     IMAGE_COLUMNS,
     DataCollatorForVisionLanguageModeling,
@@ -290,6 +290,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
     # transformers types these for every trainer there is.
     model: Any
     args: Any  # SFTConfig
+    data_collator: Any
     _signature_columns: Any
     _metrics: dict[str, dict[str, list[float]]]
 
@@ -371,10 +372,10 @@ class SFTTrainer(ModelCardMixin, Trainer):
         )
 
         prepare_liger(args)
-        model = prepare_model(
+        loaded = prepare_model(
             model, args, processing, peft_config=peft_config, quantization_config=quantization_config
         )
-        self.router_aux_loss_coef = set_up_router_loss(model, args.router_aux_loss_coef)
+        self.router_aux_loss_coef = set_up_router_loss(loaded, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
         if data_collator is None and self._sees:
             data_collator = DataCollatorForVisionLanguageModeling(
@@ -388,13 +389,13 @@ class SFTTrainer(ModelCardMixin, Trainer):
             )
         elif data_collator is None:
             # Padding of packed rows would count in the load-balancing loss.
-            one_row = packed and (needs_one_row(model.config) or self.aux_loss_enabled)
+            one_row = packed and (needs_one_row(loaded.config) or self.aux_loss_enabled)
             data_collator = DataCollatorForLanguageModeling(
                 processing.pad_token_id, args.padding_free or one_row, args.pad_to_multiple_of
             )
 
         super().__init__(
-            model=model,
+            model=loaded,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -433,16 +434,8 @@ class SFTTrainer(ModelCardMixin, Trainer):
             check_rows(dataset.select_columns(sorted(columns - {*IMAGE_COLUMNS})), name, SUPERVISED, "SFTTrainer")
             return (dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset), {}
         if self._skip_prepare_dataset or {"input_ids", "labels", "seq_lengths"} <= columns:
-            if self._own_collator and "input_ids" not in columns:
-                raise ValueError(
-                    f"`skip_prepare_dataset` is set, but the {name} dataset has no column 'input_ids'; tokenize it, "
-                    "drop the option, or pass a `data_collator`."
-                )
-            if self._own_collator and "labels" not in columns and columns & {"completion_mask", "assistant_masks"}:
-                raise ValueError(
-                    f"`skip_prepare_dataset` is set, so the masks of the {name} dataset would be ignored; add a column "
-                    "'labels' (-100 where no loss is wanted), or drop the option."
-                )
+            if self._own_collator:
+                check_prepared(columns, name)
             return dataset, {}
         how = SupervisedFormat(
             text_column=args.dataset_text_field,

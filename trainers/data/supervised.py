@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,20 @@ def prepare_supervised(
         )
         dataset = dataset.select(kept)
     return dataset, facts
+
+
+def check_prepared(columns: Collection[str], name: str) -> None:
+    """Raise unless a dataset that is used as it is has tokens, and labels if it has masks to make them from."""
+    if "input_ids" not in columns:
+        raise ValueError(
+            f"`skip_prepare_dataset` is set, but the {name} dataset has no column 'input_ids'; tokenize it, drop the "
+            "option, or pass a `data_collator`."
+        )
+    if "labels" not in columns and {"completion_mask", "assistant_masks"} & {*columns}:
+        raise ValueError(
+            f"`skip_prepare_dataset` is set, so the masks of the {name} dataset would be ignored; add a column "
+            "'labels' (-100 where no loss is wanted), or drop the option."
+        )
 
 
 def row_source(

@@ -51,7 +51,7 @@ class DataCollatorForVisionLanguageModeling:
     processor: ProcessorMixin
     max_length: int | None = None
     completion_only_loss: bool = False
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: Any = None  # int or None
     dataset_text_field: str = "text"
     assistant_only_loss: bool = False
     chat_template: str | None = None
@@ -145,7 +145,7 @@ class DataCollatorForVisionPreference:
 
     processor: ProcessorMixin
     max_length: int | None = None
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: Any = None  # int or None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         images = [row_images(row) for row in rows]
@@ -198,8 +198,10 @@ def render_chat(
         column: prepare_multimodal_messages(row[column], images if column in ("messages", "prompt") else None)
         for column in columns
     }
-    template = {"chat_template": chat_template} if chat_template is not None else {}
-    return apply_chat_template(prepared, processor, **template_kwargs(row, None, "given"), **template)
+    settings = template_kwargs(row, None, "given")
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    return apply_chat_template(prepared, processor, **settings)
 
 
 def render_text(row: Mapping[str, Any], columns: Sequence[str], processor: Any) -> dict[str, str]:
@@ -280,7 +282,7 @@ def image_inputs(processed: Mapping[str, Any]) -> dict[str, Any]:
 def image_token_ids(processor: Any) -> list[int]:
     """The tokens that stand for parts of an image (or of a video) in a text."""
     found = {getattr(processor, name, None) for name in ("image_token_id", "video_token_id")}
-    return sorted(found - {None})
+    return sorted(token for token in found if token is not None)
 
 
 def expect_unused_parameters(processor: Any, args: Any) -> None:
