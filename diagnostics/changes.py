@@ -17,6 +17,13 @@ from outspoken.diagnostics.view import Array, RunView
 
 SCHEMA = "outspoken.change/1"
 
+# Settings with which a loss is another quantity, so that its values before and after do not compare.
+REDEFINE_THE_LOSS = {
+    *("beta", "loss_type", "loss_weights", "label_smoothing", "label_smoothing_factor", "ld_alpha", "length_alpha"),
+    *("dpop_lambda", "discopop_tau", "f_alpha_divergence_coef", "desirable_weight", "undesirable_weight"),
+    *("center_rewards_coefficient", "router_aux_loss_coef"),
+}
+
 # A goal that falls by this many standard errors has been harmed. Measured on changes without any effect: none is
 # blamed at independent steps, 1 in 400 at a lag-1 correlation of 0.3, 1 in 40 at 0.6.
 HARM_T = 4.0
@@ -69,6 +76,11 @@ def start_trial(record: dict[str, Any], view: RunView, errors: frozenset[str]) -
         window = view.window(trial.goal, GOAL_POINTS)
         if window is not None:
             trial.goal_before = window.values.copy()
+        changed = record.get("fields", {})
+        if trial.goal == "loss" and REDEFINE_THE_LOSS & changed.keys():
+            trial.goal = None  # before and after are not the same quantity
+        elif trial.goal == "rewards/margins" and "beta" in changed and changed["beta"]["old"]:
+            trial.goal_before = trial.goal_before * (changed["beta"]["new"] / changed["beta"]["old"])
     return trial
 
 

@@ -267,7 +267,7 @@ def doubt(view: RunView, on_new: Progress | None) -> str | None:
     """
     goal = goal_of(view)
     assert goal is not None
-    loss = _unseen(view, "loss")
+    loss = _unseen(view, "loss") if view.segment == 0 else None  # a changed setting may have changed its scale
     worse = _moved(view, loss, -1) if loss is not None and goal[0] != "loss" else None
     if worse is not None and worse.total is not None and worse.total.t > SIGNIFICANT:
         return f"{goal[0]} rises, but so does the loss: {worse.moved()}"

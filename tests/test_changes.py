@@ -36,14 +36,31 @@ class Watched:
             signals = {name.replace("__", "/"): value for name, value in zip(series, values)}
             self.engine.observe(Observation.from_raw(self.step, signals))
 
-    def change(self, expect=None, errors=()):
-        record = {"id": "c", "fields": {}, "expect": expect}
+    def change(self, expect=None, errors=(), fields=None):
+        record = {"id": "c", "fields": fields or {}, "expect": expect}
         trial = changes.start_trial(record, self.engine.view, frozenset(errors))
         self.engine.open_segment(self.step, "change")
         return trial
 
     def judge(self, trial, errors=()):
         return changes.judge(trial, self.engine.view, frozenset(errors))
+
+
+def test_a_goal_whose_unit_changes():
+    """Margins are in units of beta: a quarter of beta, a quarter of the margin, and no harm done. A loss that is
+    redefined says nothing."""
+    rng = np.random.default_rng(0)
+    for kept, outcome in ((0.25, None), (0.1, "failed")):
+        run = Watched("dpo", {"beta": 0.4})
+        run.feed(rewards__margins=list(rng.normal(2, 0.1, 30)))
+        trial = run.change(fields={"beta": {"old": 0.4, "new": 0.1}})
+        run.feed(rewards__margins=list(rng.normal(2 * kept, 0.1 * kept, 12)))
+        judgement = run.judge(trial)
+        assert (judgement and judgement.outcome) == outcome, kept
+    for fields, goal in (({"loss_type": {"old": "nll", "new": "dft"}}, None), ({"learning_rate": {}}, "loss")):
+        run = Watched("sft", {})
+        run.feed(loss=[1.0] * 20)
+        assert run.change(fields=fields).goal == goal
 
 
 def expect(signal, direction, value, within_steps=10, min_n=5):
