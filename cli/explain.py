@@ -34,7 +34,15 @@ def explain(
         hint = f"did you mean {near[0]}?" if near else "`outspoken rules` lists the rules."
         raise CommandError(f"{what!r} is neither a rule nor a signal; {hint}")
     record = signal_record(signal, rules)
-    print_json(record) if json else _print_signal(record)
+    own = {method: row for (method, name), row in signals.OF_METHOD.items() if name == signal.name}
+    record["of_method"] = {method: signal_record(row, rules) for method, row in own.items()}
+    if json:
+        print_json(record)
+        return
+    _print_signal(record)
+    for method, row in record["of_method"].items():
+        show("", f"in {method} it is something else:")
+        _print_signal(row)
 
 
 def signal_record(signal: "Signal", rules: "dict[str, Rule]") -> dict[str, Any]:
@@ -48,7 +56,9 @@ def signal_record(signal: "Signal", rules: "dict[str, Rule]") -> dict[str, Any]:
         "methods": list(signal.methods),
         "weight": signal.weight,
         "impossible_when": signal.impossible_when or None,
-        "rules": [rule.code for rule in rules.values() if signal.name in rule.needs],
+        "rules": [
+            rule.code for rule in rules.values() if signal.name in rule.needs and {*signal.methods} & {*rule.methods}
+        ],
     }
 
 

@@ -327,7 +327,9 @@ def test_explain_a_rule(cli, name):
 def test_explain_a_signal(cli):
     code, out, _ = cli("explain", "kl")
     assert code == 0 and "beta=0" in out and "nats/token" in out
+    assert "in kto it is something else:" in out and "nats/sequence" in out
     record = json.loads(cli("explain", "kl", "--json")[1])
+    assert record["of_method"]["kto"]["unit"] == "nats/sequence" and record["unit"] == "nats/token"
     assert record["signal"] == "kl" and record["low"] is None and record["impossible_when"].startswith("beta=0")
     assert json.loads(cli("explain", "eval_loss", "--json")[1])["signal"] == "eval_loss"
     assert json.loads(cli("explain", "rewards/mine/mean", "--json")[1])["signal"] == "rewards/<function>/mean"
