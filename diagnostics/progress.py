@@ -26,9 +26,10 @@ MIN_POINTS = 8  # points on each side of a comparison
 MAX_POINTS = 50
 EARLY_POINTS = 10  # a short beginning, beside the long one
 ALPHA = 1e-3  # of a pooled share against chance
-DISPLACED = -0.3  # nats/token that chosen answers may lose; twice what recipes that work lose at most (judgement)
-DISPLACED_SHARE = -0.5  # the same without lengths: share of the reference's log-probability
+DISPLACED = -0.3  # nats/token that chosen answers may lose (judgement)
+DISPLACED_SHARE = -0.5  # the same without lengths: share of the reference's log-probability (judgement)
 CHANCE_PAIRS, CHANCE_HELD_OUT = 2000, 200  # pairs from which an accuracy near 1/2 means that nothing is learned
+CHANCE_EVALUATIONS = 3  # of them, unless the run is over: the first may come too early
 BETTER_THAN_CHANCE = 0.55
 
 
@@ -238,13 +239,16 @@ def _accuracy_name(view: RunView) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- judgement
 
 
-def at_chance(view: RunView) -> tuple[str, Evidence] | None:
-    """One sentence, and its evidence, if new pairs are told apart no better than by a coin; None if that is not so, or
-    there are too few to say."""
+def at_chance(view: RunView, final: bool) -> tuple[str, Evidence] | None:
+    """One sentence, and its evidence, if new pairs are told apart no better than by a coin.
+
+    None if that is not so, or there are too few to say. `final`: the run is over.
+    """
     held_out = held_out_accuracy(view)
     if held_out is not None:
         pairs, evidence = held_out
-        if pairs.n >= CHANCE_HELD_OUT and not pairs.exceeds(0.5, 0.05):
+        often = final or view.window(evidence.signal, min_n=CHANCE_EVALUATIONS) is not None
+        if often and pairs.n >= CHANCE_HELD_OUT and not pairs.exceeds(0.5, 0.05):
             return (
                 f"Of {pairs.n:.0f} held-out pairs {pairs.mean:.1%} are told apart: no more than by chance.",
                 evidence,
@@ -280,7 +284,7 @@ def doubt(view: RunView, on_new: Progress | None) -> str | None:
             f"{goal[0]} rises on pairs that were trained on before, which learning them by heart explains; evaluate "
             "held-out pairs"
         )
-    new = accuracy_on_new_pairs(view) if goal[0] not in ("loss",) else None
+    new = accuracy_on_new_pairs(view) if goal[0] != "loss" else None
     if new is not None:
         pairs = new[0]
         if pairs.mean <= 0.5 or (pairs.n >= 30 and not pairs.exceeds(0.5, 0.01)):

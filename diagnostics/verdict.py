@@ -141,7 +141,7 @@ def decide(
         return Verdict(
             "over_optimising", "high", f"{p.signal} improves, {held_out.signal} worsens.", both_evidence, "improving"
         )
-    by_chance = goals.at_chance(view) if goals.compares(view) else None
+    by_chance = goals.at_chance(view, final) if goals.compares(view) else None
     if by_chance is not None:
         return Verdict(
             "stalled_no_signal", "medium", by_chance[0], (*evidence, by_chance[1]), "plateauing", "more pairs are told apart"
@@ -233,9 +233,7 @@ class VerdictTracker:
         self, view: RunView, firing: Mapping[str, Severity], held: Mapping[str, Severity], final: bool = False
     ) -> Verdict:
         if goals.compares(view):
-            now = goals.first_pass(view)
-            if now is not None and (self.on_new is None or goals.in_first_pass(view) or now.n >= self.on_new.n):
-                self.on_new = now
+            self._keep(goals.first_pass(view), goals.in_first_pass(view))
         new = decide(view, firing, held, final, self.on_new)
         at_once = final or new.state in ("broken", "collapsing") or self.current.state == "warming_up"
         if new.state == self.current.state:
@@ -247,6 +245,12 @@ class VerdictTracker:
         elif self.candidate != new.state:
             self.candidate, self.candidate_since = new.state, view.step
         return self.current
+
+    def _keep(self, now: Progress | None, lasts: bool) -> None:
+        """Remember the first pass over the data as it was last seen whole; later the view holds less and less of it."""
+        before = self.on_new
+        if now is not None and (before is None or now.n >= before.n or (lasts and now.total is not None)):
+            self.on_new = now
 
     def _lasted(self, new: Verdict, view: RunView) -> bool:
         return self.candidate == new.state and view.step - self.candidate_since >= DWELL_STEPS

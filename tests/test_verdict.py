@@ -212,6 +212,19 @@ def test_held_out_pairs_decide_where_the_first_pass_is_too_short(method):
     assert any(e["signal"].startswith("eval_") and e["n"] == 1000 for e in refuted["evidence"])
 
 
+def test_one_early_evaluation_at_chance_is_no_verdict():
+    """The first may come before anything can be learned; three say it, or those there are when the run is over."""
+    for evaluations, expected in ((2, "unknown"), (3, "stalled_no_signal")):
+        e = Engine(method="dpo", config={}, rules={})
+        for step in range(1, 41):
+            e.observe(Observation(step, {"rewards/margins": 0.01 * (-1) ** step}, epoch=step / 60))
+            if step > 40 - evaluations:
+                held_out = {"eval_rewards/accuracies": 0.5, "eval_runtime": 1.0, "eval_samples_per_second": 400.0}
+                e.observe(Observation(step, held_out, epoch=step / 60))
+        assert decide(e.view, {}, {}).state == expected
+        assert decide(e.view, {}, {}, final=True).state == "stalled_no_signal"
+
+
 @pytest.mark.parametrize("method", ["dpo", "reward"])
 def test_thousands_of_pairs_at_chance_carry_no_signal(method):
     verdict = compared(method, noise=1.0, steps=260).verdict()
