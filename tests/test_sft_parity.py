@@ -1,5 +1,7 @@
 """SFTTrainer against TRL 1.16.0's, run here on the same tiny model and data: loss, metrics, trained weights."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -38,6 +40,19 @@ CHATS = [
 CHAT_PAIRS = [
     {"prompt": _turns("What color is the sky?"), "completion": [{"role": "assistant", "content": "It is blue."}]},
     {"prompt": _turns("Hi", "Hello", "What?"), "completion": [{"role": "assistant", "content": "I said hello."}]},
+]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+TOOL_CHATS = [{"messages": row["messages"], "tools": json.dumps([TOOL])} for row in CHATS]
+SHARED_CHATS = [
+    {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]}
+    for texts in (["What color is the sky?", "It is blue."], ["Hi", "Hello", "Bye", "Goodbye"])
+]
+TOKENS = [
+    {"input_ids": [9, 10, 11, 12, 13], "completion_mask": [0, 0, 1, 1, 1]},
+    {"input_ids": [20, 21, 22], "completion_mask": [0, 1, 1]},
+    {"input_ids": [30, 31, 32, 33, 34, 35, 36], "completion_mask": [0, 0, 0, 0, 0, 1, 1]},
 ]
 
 
@@ -124,6 +139,44 @@ def _assert_same(ours, theirs, names=("loss", "grad_norm", "entropy", "mean_toke
         pytest.param(TEXTS, {"max_length": 8, "pad_to_multiple_of": 16}, id="truncation-and-padding"),
         pytest.param(TEXTS, {"shuffle_dataset": True, "seed": 7}, id="shuffled", marks=pytest.mark.slow),
         pytest.param(TEXTS, {"neftune_noise_alpha": 5.0, "logging_steps": 1}, id="neftune"),
+        pytest.param(TOOL_CHATS, {"assistant_only_loss": True}, id="tools"),
+        pytest.param(SHARED_CHATS, {}, id="sharegpt", marks=pytest.mark.slow),
+        pytest.param(TOKENS, {"completion_only_loss": True}, id="tokenized", marks=pytest.mark.slow),
+        pytest.param(TOKENS, {"completion_only_loss": True, "packing": True, "max_length": 9}, id="tokenized-packed"),
+        pytest.param(PAIRS, {"packing": True, "max_length": 64}, id="completion-only-packed", marks=pytest.mark.slow),
+        pytest.param(
+            PAIRS,
+            {"packing": True, "packing_strategy": "bfd_split", "max_length": 12, "loss_type": "dft"},
+            id="completion-only-split-dft",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            CHATS,
+            {"assistant_only_loss": True, "packing": True, "max_length": 96},
+            id="assistant-only-packed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            CHATS,
+            {"assistant_only_loss": True, "padding_free": True, "max_length": None, "label_smoothing_factor": 0.2},
+            id="assistant-only-padding-free-smoothed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            TEXTS,
+            {"packing": True, "max_length": 32, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+            id="packed-accumulation",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            TEXTS,
+            {"padding_free": True, "max_length": None, "neftune_noise_alpha": 5.0},
+            id="padding-free-neftune",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            PAIRS, {"max_length": 14, "completion_only_loss": True}, id="cut-completions", marks=pytest.mark.slow
+        ),
         pytest.param(
             TEXTS,
             {"weight_decay": 0.1, "warmup_steps": 2, "lr_scheduler_type": "cosine"},
@@ -134,6 +187,36 @@ def _assert_same(ours, theirs, names=("loss", "grad_norm", "entropy", "mean_toke
 )
 def test_training_equals_trl(run, rows, config):
     _assert_same(*run(rows, **config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
+def test_packed_adapter_training_equals_trl(run, config):
+    lora = {"peft_config": {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "use_rslora": True}}
+    _assert_same(*run(PAIRS, trainer_kwargs=lora, **config))
+
+
+@pytest.mark.slow
+def test_packed_mixture_of_experts_equals_trl(run, tiny_tokenizer):
+    model = lambda: _tiny_mixtral(len(tiny_tokenizer))  # noqa: E731
+    names = ["loss", "entropy", "mean_token_accuracy", "aux_loss", "num_tokens"]
+    _assert_same(*run(TEXTS, model=model, packing=True, max_length=32, router_aux_loss_coef=0.5), names)
+
+
+@pytest.mark.slow
+def test_formatting_function_equals_trl(run):
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in PAIRS]
+    _assert_same(*run(rows, trainer_kwargs={"formatting_func": lambda row: row["question"] + row["answer"]}))
+
+
+def test_packed_evaluation_equals_trl(run):
+    options = {"eval_dataset": {"one": Dataset.from_list(PAIRS)}}
+    settings = {"packing": True, "max_length": 64, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    ours, theirs = run(PAIRS, trainer_kwargs=options, **settings)
+    for name in ("eval_one_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        a, b = ([e[name] for e in t.state.log_history if name in e] for t in (ours, theirs))
+        assert len(a) == 1
+        assert a == pytest.approx(b, rel=2e-5), name
 
 
 @pytest.mark.parametrize(
