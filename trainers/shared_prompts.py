@@ -355,7 +355,10 @@ def _why_not_by_trial(model: Any) -> str | None:
     # The mean forgives one token that a router sends elsewhere for a rounding error.
     difference = (hidden[0] - hidden[1]).norm(dim=-1).mean() / hidden[0].norm(dim=-1).mean()
     precise = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    if not difference <= (1e-5 if precise else 5e-2):
+    # A wrong mask or position makes 0.1 or more in trained models, rounding 1e-6 in float32 (1e-3 where an accelerator
+    # multiplies in TF32) and 1e-2 in bfloat16.
+    tolerance = 5e-2 if not precise else 1e-4 if difference.device.type == "cpu" else 3e-3
+    if not difference <= tolerance:
         return f"its hidden states would differ by {difference:.1e} of their size"
     return None
 
