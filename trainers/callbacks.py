@@ -42,7 +42,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from outspoken.trainers.data.formats import is_messages
 from outspoken.trainers.rollouts.batch import pad_ids
 from outspoken.trainers.rollouts.transformers_backend import cut_after_eos, eos_token_ids
-from outspoken.trainers.sharding import blend, is_sharded, local_part, plain_name, reshard, save_whole_model, unwrapped
+from outspoken.trainers.sharding import (
+    blend,
+    is_sharded,
+    local_part,
+    plain_name,
+    refresh,
+    reshard,
+    save_whole_model,
+    unwrapped,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +236,10 @@ class BEMACallback(TrainerCallback):
     def restore(self, args: Any, checkpoint: str) -> None:
         """Go on with the averages of a checkpoint, whose weights the model has already."""
         path = os.path.join(checkpoint, _parts_file("bema", args, is_sharded(self._model)))
-        if self._keeps and not _load_parts(path, self._state()):
+        loaded = self._keeps and _load_parts(path, self._state())
+        if self.update_ref_model and self._ref_model is not None:
+            refresh(self._ref_model)
+        if self._keeps and not loaded:
             self._snapshot()
             logger.warning(
                 f"BEMACallback begins a new average, because {path} holds none of this model on as many processes."
@@ -245,12 +257,14 @@ class BEMACallback(TrainerCallback):
                 kept = [local_part(parameter).clone() for parameter in self.thetat_params]
                 for parameter, bema in zip(self.thetat_params, self.bema_params, strict=True):
                     local_part(parameter).copy_(bema)
+                refresh(self._model)
         try:
             yield self._model
         finally:
             with torch.no_grad():
                 for parameter, theta in zip(self.thetat_params, kept):
                     local_part(parameter).copy_(theta)
+                refresh(self._model)
 
     @property
     def running_model(self) -> Any:
@@ -334,7 +348,9 @@ class SyncRefModelCallback(TrainerCallback):
         if self.ref_model is None:
             return
         path = os.path.join(checkpoint, _parts_file("reference", args, is_sharded(self.ref_model)))
-        if not _load_parts(path, self._parts()):
+        loaded = _load_parts(path, self._parts())
+        refresh(self.ref_model)
+        if not loaded:
             logger.warning(f"The reference model keeps the weights it has now: {path} does not hold it.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 def local_part(parameter: nn.Parameter) -> Tensor:
     """What this process holds of a parameter, without gradient: all of it, or its share under FSDP and ZeRO-3.
 
-    Writing into it changes the parameter.
+    Writing into it changes the parameter; call `refresh` on the model afterwards.
     """
     if hasattr(parameter, "ds_tensor"):  # DeepSpeed ZeRO-3
         return parameter.ds_tensor.data
@@ -41,6 +41,14 @@ def reshard(model: nn.Module) -> None:
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
             pass  # what is gathered here is given back at the end
+
+
+def refresh(model: nn.Module) -> None:
+    """Make known what was written into local parts: ZeRO-3 keeps small parameters gathered. All processes must call it."""
+    parameter: Any
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_tensor") and parameter.data.shape == parameter.ds_shape:
+            parameter.data.copy_(whole(local_part(parameter), parameter.ds_shape))
 
 
 def whole(part: Tensor, shape: torch.Size) -> Tensor:
@@ -87,6 +95,7 @@ def blend(sources: nn.Module, targets: nn.Module, pairs: Iterable[tuple[Tensor, 
             mine.copy_(part)
         else:
             mine.mul_(1.0 - alpha).add_(part, alpha=alpha)
+    refresh(targets)
 
 
 def save_whole_model(model: Any, folder: str, main_process: bool) -> None:
