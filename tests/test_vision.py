@@ -367,6 +367,9 @@ def test_a_model_that_sees_learns_from_text(build, tiny_vlm):
     """Rows without images, whose template wants contents as blocks."""
     rows = [{"messages": turns("What is this?", "A square.")}, {"messages": turns("Hi", "Hello, you.")}]
     _assert_same(build(rows), build(rows, "trl"))
+    packed, padded = (build(rows, max_steps=1, **how) for how in ({"packing": True, "max_length": 128}, {}))
+    assert len(packed.train_dataset) == 1
+    _assert_same(packed, padded)
     ours = build(rows, assistant_only_loss=True, max_steps=1)
     labels = ours.train_dataset[0]["labels"]
     decode = ours.processing_class.tokenizer.decode

@@ -187,10 +187,13 @@ def _mixing(model: Any, way: str, one_row: bool, kwargs: dict[str, Any]) -> str 
     kwargs = {**kwargs, "use_cache": False}
     handle = layer.register_forward_hook(keep)
     try:
-        packed = model(**tell_boundaries(inputs, way, model), **kwargs).logits[is_probed].float()  # (2 * 9, V)
-        weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0)).to(packed.device)
+        # A model spread over devices returns logits on another one.
+        packed = (
+            model(**tell_boundaries(inputs, way, model), **kwargs).logits.to(device)[is_probed].float()
+        )  # (2 * 9, V)
+        weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0)).to(device)
         (gradient,) = torch.autograd.grad((packed * weights).sum(), embeddings[0])
-        alone = model(input_ids=probed[None].to(device), **kwargs).logits[0].detach().float()  # (9, V)
+        alone = model(input_ids=probed[None].to(device), **kwargs).logits[0].detach().to(device).float()  # (9, V)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         first_sentence = str(error).strip().split("\n")[0].split(". ")[0]
         return f"it cannot be told where documents begin ({type(error).__name__}: {first_sentence[:200]})"
