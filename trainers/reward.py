@@ -333,8 +333,8 @@ class RewardTrainer(ModelCardMixin, Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count what an optimizer step compares on all processes: each weighs the same, whatever its micro-batch."""
         counts = [self._counts(batch) for batch in batch_samples]
-        sums = {name: sum(values) for name, values in zip(StepCounts._fields, zip(*counts))}
-        return StepCounts(**sum_over_processes(self.accelerator, device, **sums))
+        pairs, comparisons = sum(c.pairs for c in counts), sum(c.comparisons for c in counts)
+        return StepCounts(**sum_over_processes(self.accelerator, device, pairs=pairs, comparisons=comparisons))
 
     def _counts(self, inputs: Mapping[str, Tensor]) -> "StepCounts":
         pairs, preferences = len(inputs["input_ids"]) // 2, inputs.get("preferences")
@@ -400,13 +400,13 @@ class RewardTrainer(ModelCardMixin, Trainer):
         # In an evaluation the last batch is filled up with rows that were seen before; they are dropped.
         rows: Any = gather_rows(self.accelerator, local) if training else self.accelerator.gather_for_metrics(local)
         sizes = [column.size(1) for column in columns]
-        chosen, rejected, weights, long, short, tokens, same = rows.double().cpu().split(sizes, dim=1)  # N pairs
-        scores = torch.cat([chosen, rejected])  # (2N, S)
+        # Of N pairs: (N, S) three times, (N, 1) four times.
+        chosen, rejected, weights, *lengths, tokens, same = rows.double().cpu().split(sizes, dim=1)
+        scores, count = torch.cat([chosen, rejected]), chosen.size(1)
 
         metrics = self._metrics["train" if training else "eval"]
-        for name, score in {"": slice(None), **{f"/{i}": slice(i, i + 1) for i in range(scores.size(1))}}.items():
-            if name and scores.size(1) == 1:
-                continue
+        each = {f"/{i}": slice(i, i + 1) for i in range(count)} if count > 1 else {}
+        for name, score in {"": slice(None), **each}.items():
             ahead = (weights.sign() * (chosen - rejected))[:, score][weights[:, score] != 0]
             # Each pair counts the same, in however large a batch it came.
             metrics[f"accuracy{name}"].extend((ahead > 0).double().tolist())
@@ -417,7 +417,7 @@ class RewardTrainer(ModelCardMixin, Trainer):
         if training:
             if self.args.include_num_input_tokens_seen == "no":  # else `Trainer` counts
                 self.state.num_input_tokens_seen += int(tokens.sum())
-            self._record(scores, torch.cat([long, short]).squeeze(1), same)
+            self._record(scores, torch.cat(lengths).squeeze(1), same)
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
 
     def _record(self, scores: Tensor, lengths: Tensor, identical: Tensor) -> None:
