@@ -9,8 +9,9 @@ score with one autograd function, `_LabelScores`, whose backward pass writes the
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -106,7 +107,7 @@ def scores_from_logits(
     """
     mask = labels != IGNORE_INDEX
     how = _How(logits.dtype, temperature, tuple(want), entropy_grad, max_slice_logits)
-    return _spread(_score(logits, None, None, mask.nonzero(as_tuple=True), labels[mask], how), mask)
+    return _spread(_score(logits, mask.nonzero(as_tuple=True), labels[mask], how), mask)
 
 
 def label_scores(
@@ -145,20 +146,22 @@ def label_scores(
             output = model(**inputs)
         if withheld.hidden is not None and (inner in _HEAD_IS_ALL or withheld.explains(output.logits, inner.config)):
             _HEAD_IS_ALL.add(inner)
-            hidden = _Follow.apply(withheld.hidden, output.logits)[:, :-1]
-            mask = (labels := shift_labels(labels, withheld.hidden.size(1)).to(hidden.device)) != IGNORE_INDEX
-            index, targets = mask.nonzero(as_tuple=True), labels[mask]
+            hidden = withheld.hidden
+            if isinstance(model, FSDPModule):
+                hidden = _Follow.apply(hidden, output.logits)
+            labels = shift_labels(labels, hidden.size(1)).to(hidden.device)
+            mask = labels != IGNORE_INDEX
+            labelled = hidden[:, :-1], mask.nonzero(as_tuple=True), labels[mask]
             dtype = torch.float32 if fp32_head else withheld.autocast or hidden.dtype
             how = _How(dtype, temperature, tuple(want), entropy_grad, max_slice_logits)
             if _is_plain(head):
                 multiplier, cap = logit_transform(inner.config)
                 how = replace(how, multiplier=multiplier, cap=cap)
-                scores = _score(hidden, _whole(head.weight), _whole(head.bias), index, targets, how)
+                found = _score(*labelled, how, _whole(head.weight), _whole(head.bias))
             else:
                 with torch.autocast(hidden.device.type, dtype=withheld.autocast, enabled=dtype == withheld.autocast):
-                    vocabulary = output.logits.size(-1)
-                    scores = _score_through_head(hidden, head, inner.config, vocabulary, index, targets, how)
-            return _spread(scores, mask), output
+                    found = _score_through_head(*labelled, how, head, inner.config, output.logits.size(-1))
+            return _spread(found, mask), output
         # This architecture does something to its logits that `finish_logits` does not know.
         _HEAD_IS_NOT_ALL.add(inner)
 
@@ -210,62 +213,58 @@ _HEAD_IS_NOT_ALL: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _HEAD_IS_ALL: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def _whole(parameter: Tensor | None) -> Tensor | None:
-    """A parameter of the head, gathered if FSDP2 has sharded it again after the model's forward pass."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    # FSDP averages gradients over the processes; each has a gradient of its own batch.
-    mesh = parameter.device_mesh
-    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling the head only multiplies with its weight, which this process holds whole or can gather.
+
+    Not so for adapters, quantized layers, hooks, forwards replaced by Accelerate, and weights that are gathered when the
+    head is called (DeepSpeed ZeRO-3, a head that FSDP shards by itself).
+    """
+    kind = type(head)
+    hooks = [
+        hook
+        for each in (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
+        for hook in each.values()
+    ]
+    if isinstance(head, FSDPModule):
+        if isinstance(head.weight, DTensor):
+            return False
+        kind = kind.__bases__[-1]
+        hooks = [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp")]
+    if kind is not nn.Linear or hooks or "forward" in vars(head) or hasattr(head.weight, "ds_id"):
+        return False
+    weights: list[Any] = [weight for weight in (head.weight, head.bias) if weight is not None]
+    return (
+        all(type(w) in (nn.Parameter, Tensor, DTensor) and w.is_floating_point() for w in weights)
+        and weights[0].shape == (head.out_features, head.in_features)
+        and weights[0].untyped_storage().size() > 0
+    )
+
+
+def _whole(weight: Tensor | None) -> Tensor | None:
+    """A weight of the head, gathered if FSDP2 has sharded it again after the model's forward pass."""
+    if not isinstance(weight, DTensor):
+        return weight
+    # FSDP averages the gradients of the processes, and each has a gradient of its own batch.
+    mesh = weight.device_mesh
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if whole.requires_grad:
         whole.register_hook(lambda grad: grad / mesh.size())
     return whole
 
 
 class _Follow(torch.autograd.Function):
-    """`states` as they are, on whose backward pass that of the model's output depends too, without a gradient.
+    """`hidden` as it is, whose backward pass waits for that of the model's logits, which get no gradient.
 
-    FSDP2 gathers the root's weights for the backward pass once it reaches an output of the model.
+    FSDP2 gathers the root's weights for the backward pass when that reaches an output of the model.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, output: Tensor) -> Tensor:
-        return states.view_as(states)
+    def forward(ctx: Any, hidden: Tensor, logits: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
-
-
-def _is_plain(head: nn.Module) -> bool:
-    """Whether calling the head does nothing but multiply with its weight, which this process holds whole or can gather.
-
-    Not so for adapters, quantized layers, forwards replaced by Accelerate, hooks, and weights that ZeRO-3 or a group of
-    FSDP's around the head gathers when the head is called.
-    """
-    hooks = [
-        hook
-        for hooks in (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
-        for hook in hooks.values()
-    ]
-    if isinstance(head, FSDPModule):
-        gathered = not isinstance(head.weight, DTensor)
-        kind = type(head).__mro__[2]
-        hooks = [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp")]
-    else:
-        gathered, kind = True, type(head)
-    if kind is not nn.Linear or not gathered or hooks or "forward" in vars(head):
-        return False
-    return (
-        all(
-            type(p) in (nn.Parameter, Tensor, DTensor) and p.is_floating_point()
-            for p in (head.weight, head.bias)
-            if p is not None
-        )
-        and not hasattr(head.weight, "ds_id")
-        and head.weight.shape == (head.out_features, head.in_features)
-        and head.weight.untyped_storage().size() > 0
-    )
 
 
 class _WithheldHead:
@@ -335,31 +334,36 @@ _Scores = dict[str, Tensor]  # fields of `TokenScores`, each (N,)
 
 
 def _score(
-    states: Tensor, weight: Tensor | None, bias: Tensor | None, index: tuple[Tensor, ...], targets: Tensor, how: _How
+    states: Tensor,
+    index: tuple[Tensor, ...],
+    targets: Tensor,
+    how: _How,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> _Scores:
     """The scores of N labels; the arguments are those of `_LabelScores`."""
     if how.temperature <= 0:
         raise ValueError(f"temperature must be positive, got {how.temperature}.")
     names = ("logps", "entropy", "mean_logps", "is_top1", "mean_logits", "log_sum_sq_probs")
-    values = _LabelScores.apply(states, weight, bias, targets, how, torch.is_grad_enabled(), *index)
+    values: Any = _LabelScores.apply(states, weight, bias, targets, how, torch.is_grad_enabled(), *index)
     return {name: value for name, value in zip(names, values) if value is not None}
 
 
 def _score_through_head(
     hidden: Tensor,
-    head: nn.Module,
-    config: PreTrainedConfig,
-    vocabulary: int,
     index: tuple[Tensor, ...],
     targets: Tensor,
     how: _How,
+    head: nn.Module,
+    config: PreTrainedConfig,
+    vocabulary: int,
 ) -> _Scores:
     """The scores of N labels by calling the head, whatever it is, on slices of their hidden states."""
 
     def score(rows: Tensor, targets: Tensor) -> _Scores:
         logits = finish_logits(head(rows), config)
         places = torch.arange(len(rows), device=rows.device)
-        return _score(logits, None, None, (places,), targets, replace(how, dtype=logits.dtype))
+        return _score(logits, (places,), targets, replace(how, dtype=logits.dtype))
 
     rows = hidden[index].float() if how.dtype == torch.float32 else hidden[index]
     size = max(1, how.max_slice_logits // vocabulary)
@@ -412,17 +416,18 @@ class _LabelScores(torch.autograd.Function):
         *index: Tensor,
     ) -> tuple[Tensor | None, ...]:
         vocabulary = (states if weight is None else weight.t()).size(-1)
-        kept = None
+        row_cuts, column_cuts = _cuts(states, weight, len(targets), how)
+        alone = weight is not None and len(row_cuts) == len(column_cuts) == 1
+        keep = training and alone and how.cap is None and not how.entropy_grad
+        buffer = _buffer(states, weight, row_cuts, column_cuts, how)
         parts = []
-        for rows, columns, tile in _tiles(states, weight, bias, index, how):
-            whole = weight is not None and tile.shape == (len(targets), vocabulary)
-            keep = training and whole and how.cap is None and not how.entropy_grad
-            found = _score_tile(tile, targets[rows] - columns.start, how, keep)
-            if columns.start == 0:
-                parts.append(found)
-            else:
-                parts[-1] = _merge(parts[-1], found)
-            kept = tile if keep else None
+        for rows in row_cuts:
+            inputs = states[_at(index, rows)].to(how.dtype)
+            of_tiles = []
+            for columns in column_cuts:
+                tile = _tile(inputs, weight, bias, columns, buffer, how)
+                of_tiles.append(_score_tile(tile, targets[rows] - columns.start, how, keep))
+            parts.append(reduce(_merge, of_tiles))
         found = _join(parts)
         normalizer, mean = found["normalizer"], found["sum"] / vocabulary if "sum" in found else None
         logps = found["label"] - normalizer
@@ -435,7 +440,7 @@ class _LabelScores(torch.autograd.Function):
             "mean_logits": mean if "mean_logits" in how.want else None,
             "log_sum_sq_probs": found.get("log_sum_sq_probs"),
         }
-        ctx.how, ctx.kept = how, kept
+        ctx.how, ctx.kept = how, tile if keep else None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(states, weight, bias, targets, normalizer, logps, entropy, *index)
         without = ("is_top1", "mean_logits", "log_sum_sq_probs", *(() if how.entropy_grad else ("entropy",)))
@@ -444,82 +449,68 @@ class _LabelScores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, on_logps: Tensor | None, on_entropy: Tensor | None, on_mean_logps: Tensor | None, *none: None
+    ) -> tuple[Tensor | None, ...]:
+        if on_logps is None and on_entropy is None and on_mean_logps is None:
+            return (None,) * len(ctx.needs_input_grad)
         states, weight, bias, targets, normalizer, logps, entropy, *index = ctx.saved_tensors
         how: _How = ctx.how
         kept, ctx.kept = ctx.kept, None  # overwritten below, so a second backward pass computes it again
         vocabulary = (states if weight is None else weight.t()).size(-1)
-        on_rows = _RowGradients.of(*grads[:3], entropy, vocabulary, how)
-        everything = slice(0, len(targets)), slice(0, vocabulary)
-        tiles = [(*everything, kept)] if kept is not None else _tiles(states, weight, bias, tuple(index), how)
+        row_cuts, column_cuts = _cuts(states, weight, len(targets), how)
+        buffer = None if kept is not None else _buffer(states, weight, row_cuts, column_cuts, how)
+        on_rows = _RowGradients.of(on_logps, on_entropy, on_mean_logps, entropy, vocabulary, how)
 
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_states = torch.zeros(states.shape, dtype=states.dtype, device=states.device) if wants_states else None
-        grad_weight = grad_bias = grad_rows = None
-        for rows, columns, tile in tiles:
-            on_tile, local = on_rows.select(rows), targets[rows] - columns.start
-            if kept is not None:
-                _overwrite_probabilities(tile, local, logps, on_tile)
-            else:
-                _overwrite_logits(tile, local, normalizer[rows], on_tile, how)
-            places = tuple(i[rows] for i in index)
-            if weight is None:
-                grad_states[places] = tile.to(states.dtype)
-                continue
-            if wants_states:
-                first = columns.start == 0
-                if first:
-                    once = columns.stop == vocabulary
-                    grad_rows = tile.new_empty(len(tile), states.size(-1), dtype=how.dtype if once else how.exact)
-                _add_product(grad_rows, tile, weight[columns].to(how.dtype), first)
-                if columns.stop == vocabulary:
-                    grad_states[places] = grad_rows.to(states.dtype)
-            if wants_weight:
-                first = rows.start == 0
-                if grad_weight is None:
-                    once = rows.stop == len(targets) and weight.dtype == how.dtype
-                    grad_weight = torch.empty_like(weight, dtype=how.dtype if once else how.exact)
-                _add_product(grad_weight[columns], tile.t(), states[places].to(how.dtype), first)
-            if wants_bias:
-                if grad_bias is None:
-                    grad_bias = torch.zeros_like(bias, dtype=how.exact)
-                grad_bias[columns] += tile.sum(0, dtype=how.exact)
+        grad_weight = grad_bias = None
+        if wants_weight:
+            one_product = len(row_cuts) == 1 and weight.dtype == how.dtype
+            grad_weight = torch.empty_like(weight, dtype=how.dtype if one_product else how.exact)
+        if wants_bias:
+            grad_bias = torch.zeros_like(bias, dtype=how.exact)
+        for rows in row_cuts:
+            inputs = states[_at(index, rows)].to(how.dtype)
+            grad_inputs = torch.empty_like(inputs, dtype=how.dtype if len(column_cuts) == 1 else how.exact)
+            for columns in column_cuts:
+                local = targets[rows] - columns.start
+                if kept is not None:
+                    tile = kept
+                    _overwrite_probabilities(tile, local, logps, on_rows)
+                else:
+                    tile = _tile(inputs, weight, bias, columns, buffer, how)
+                    _overwrite_logits(tile, local, normalizer[rows], on_rows.select(rows), how)
+                if weight is None:
+                    grad_inputs = tile
+                elif wants_states:
+                    _add_product(grad_inputs, tile, weight[columns].to(how.dtype), first=columns is column_cuts[0])
+                if grad_weight is not None:
+                    _add_product(grad_weight[columns], tile.t(), inputs, first=rows is row_cuts[0])
+                if grad_bias is not None:
+                    grad_bias[columns] += tile.sum(0, dtype=how.exact)
+            if grad_states is not None:
+                grad_states[_at(index, rows)] = grad_inputs.to(states.dtype)
         return (
             grad_states,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * (3 + len(index)),
+            *[None] * (len(ctx.needs_input_grad) - 3),
         )
 
 
-def _tiles(
-    states: Tensor, weight: Tensor | None, bias: Tensor | None, index: tuple[Tensor, ...], how: _How
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The logits, a tile at a time in the same memory: which rows, which columns, and a tensor to overwrite.
+def _at(index: Sequence[Tensor], rows: slice) -> tuple[Tensor, ...]:
+    return tuple(along[rows] for along in index)
 
-    At least one, if need be without rows. Tiles of the same rows follow one another.
-    """
-    number = len(index[0])
-    if weight is None:
-        size = max(1, min(how.max_slice_logits, _block_size(states)) // states.size(-1))
-        for rows in _slices(number, size):
-            yield rows, slice(0, states.size(-1)), states[tuple(i[rows] for i in index)].to(how.exact)
-        return
+
+def _cuts(states: Tensor, weight: Tensor | None, number: int, how: _How) -> tuple[list[slice], list[slice]]:
+    """How the (number, V) logits are cut into tiles: by rows and by columns."""
+    if weight is None:  # the logits exist, a tile is a copy
+        size = min(how.max_slice_logits, _block_size(states)) // states.size(-1)
+        return _slices(number, size), [slice(0, states.size(-1))]
     limit = how.max_slice_logits * (2 if states.is_cuda and how.dtype.itemsize == 2 else 1)
-    height = min(number, max(1, limit // min(len(weight), MIN_TILE_WIDTH)))
-    width = min(len(weight), max(1, limit // max(1, height)))
-    buffer = states.new_empty(height * width, dtype=how.dtype)
-    for rows in _slices(number, height):
-        inputs = states[tuple(i[rows] for i in index)].to(how.dtype)
-        for columns in _slices(len(weight), width):
-            shape = len(inputs), columns.stop - columns.start
-            tile = buffer[: math.prod(shape)].view(shape)
-            part = weight[columns].to(how.dtype).t()
-            if bias is None:
-                torch.mm(inputs, part, out=tile)
-            else:
-                torch.addmm(bias[columns].to(how.dtype), inputs, part, out=tile)
-            yield rows, columns, tile
+    rows = _slices(number, limit // min(len(weight), MIN_TILE_WIDTH))
+    return rows, _slices(len(weight), limit // max(1, rows[0].stop))
 
 
 def _slices(number: int, size: int) -> list[slice]:
@@ -529,12 +520,33 @@ def _slices(number: int, size: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(ends)]
 
 
+def _buffer(
+    states: Tensor, weight: Tensor | None, row_cuts: list[slice], column_cuts: list[slice], how: _How
+) -> Tensor | None:
+    """Memory for each tile in turn; the first one is the largest."""
+    return None if weight is None else states.new_empty(row_cuts[0].stop * column_cuts[0].stop, dtype=how.dtype)
+
+
+def _tile(
+    inputs: Tensor, weight: Tensor | None, bias: Tensor | None, columns: slice, buffer: Tensor | None, how: _How
+) -> Tensor:
+    """What the head makes of the inputs, in the buffer; or the inputs, which then are copied logits."""
+    if weight is None or buffer is None:
+        return inputs.to(how.exact)
+    shape = len(inputs), columns.stop - columns.start
+    tile = buffer[: math.prod(shape)].view(shape)
+    part = weight[columns].to(how.dtype).t()
+    if bias is None:
+        return torch.mm(inputs, part, out=tile)
+    return torch.addmm(bias[columns].to(how.dtype), inputs, part, out=tile)
+
+
 def _block_size(like: Tensor) -> int:
     return CPU_BLOCK_LOGITS if like.device.type == "cpu" else DEVICE_BLOCK_LOGITS
 
 
 def _blocks(tile: Tensor) -> list[slice]:
-    return _slices(len(tile), max(1, _block_size(tile) // tile.size(1)))
+    return _slices(len(tile), _block_size(tile) // tile.size(1))
 
 
 def _finish_tile(block: Tensor, how: _How) -> Tensor:
@@ -614,9 +626,10 @@ def _merge(left: _Scores, right: _Scores) -> _Scores:
     if "sum" in left:
         merged["sum"] = left["sum"] + right["sum"]
     if "entropy" in left:
-        merged["entropy"] = sum(
+        of_left, of_right = (
             share * (part["entropy"] + normalizer - part["normalizer"]) for share, part in zip(shares, (left, right))
         )
+        merged["entropy"] = of_left + of_right
     if "log_sum_sq_probs" in left:
         merged["log_sum_sq_probs"] = torch.logaddexp(
             *(part["log_sum_sq_probs"] + 2 * (part["normalizer"] - normalizer) for part in (left, right))
@@ -654,13 +667,19 @@ class _RowGradients:
         share, flat, slope = -label, None, None
         if on_mean_logps is not None:
             share, flat = share - on_mean_logps * factor, on_mean_logps * (factor / vocabulary)
-        if on_entropy is not None:
+        if on_entropy is not None and entropy is not None:
             slope = -on_entropy * factor
             share = share + slope * entropy
         return cls(label, share, flat, slope)
 
     def select(self, rows: slice) -> "_RowGradients":
-        return _RowGradients(*(None if value is None else value[rows] for value in vars(self).values()))
+        flat, slope = self.flat, self.slope
+        return _RowGradients(
+            self.label[rows],
+            self.share[rows],
+            None if flat is None else flat[rows],
+            None if slope is None else slope[rows],
+        )
 
 
 def _overwrite_probabilities(tile: Tensor, targets: Tensor, logps: Tensor, on: _RowGradients) -> None:
