@@ -182,7 +182,7 @@ def _mixing(model: Any, way: str, one_row: bool, kwargs: dict[str, Any]) -> str 
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         embeddings.append(output.detach().requires_grad_())
-        return embeddings[-1]
+        return embeddings[-1].clone()  # some models scale their embeddings in place
 
     kwargs = {**kwargs, "use_cache": False}
     handle = layer.register_forward_hook(keep)
