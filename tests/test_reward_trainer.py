@@ -371,11 +371,13 @@ def test_several_scores_are_predicted_side_by_side(trainer_of, judge):
 def test_several_evaluation_datasets_and_new_ones(trainer_of):
     trainer = trainer_of(
         eval_dataset={"easy": Dataset.from_list(ROWS[:2]), "hard": Dataset.from_list(ROWS[2:])},
-        eval_strategy="steps", eval_steps=1, max_steps=1,
+        eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_hard_accuracy",
     )  # fmt: skip
     trainer.train()
+    assert trainer.state.best_metric is not None
     logged = {key for entry in trainer.state.log_history for key in entry}
-    assert {"eval_easy_loss", "eval_hard_loss", "eval_accuracy"} <= logged
+    assert {"eval_easy_loss", "eval_hard_loss", "eval_accuracy", "eval_easy_accuracy", "eval_hard_accuracy"} <= logged
     assert "eval_accuracy" in trainer.evaluate(Dataset.from_list(ROWS[:2]))
 
 

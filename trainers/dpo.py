@@ -43,6 +43,7 @@ from outspoken.trainers.data.vision import (
     DataCollatorForVisionPreference,
     contents_as_blocks,
     expect_unused_parameters,
+    refuse_new_images,
     refuse_with_images,
 )
 from outspoken.trainers.logprobs import TokenScores, label_scores, scores_from_logits, shift_labels
@@ -462,6 +463,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
         self._pad_token_id = processing.pad_token_id
         self._margins_and_lengths = RecentCorrelation()
         self._initial_gap = 0.0
+        self._steps_begun = 0  # over all calls of `train`
         train_dataset, facts = self._prepare(train_dataset, "train", args)
         self.recorder.facts.update(facts)
         eval_dataset = map_datasets(eval_dataset, "eval", lambda dataset, name: self._prepare(dataset, name, args)[0])
@@ -518,6 +520,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
             text = [column for column in column_names(dataset, name) if column not in IMAGE_COLUMNS]
             check_rows(dataset.select_columns(text), name, PREFERENCE, "DPOTrainer")
             return dataset, {}
+        refuse_new_images(column_names(dataset, name), name)
         if args.precompute_ref_log_probs and not isinstance(dataset, Dataset):
             raise ValueError(
                 f"`precompute_ref_log_probs=True` needs rows that stay in place, but the {name} dataset is a stream; "
@@ -572,6 +575,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count what the losses are divided by, so that micro-batches weigh by their pairs and tokens."""
+        self._steps_begun += 1
         scored = [(b["completion_mask"] * b["attention_mask"])[:, 1:] for b in batch_samples]
         counts = sum_over_processes(
             self.accelerator,
@@ -633,7 +637,8 @@ class DPOTrainer(ModelCardMixin, Trainer):
         inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
         batch = None
         if share and self._share_prompts:
-            batch = shared_batch(inputs, self._pad_token_id, mask_dtype=self._mask_dtype)
+            hidden_size = self.model.config.get_text_config().hidden_size
+            batch = shared_batch(inputs, self._pad_token_id, mask_dtype=self._mask_dtype, hidden_size=hidden_size)
         return plain_batch(inputs) if batch is None else batch
 
     def _score(
@@ -744,7 +749,8 @@ class DPOTrainer(ModelCardMixin, Trainer):
         if correlation is not None:
             self.recorder.set("rewards/length_correlation", correlation[0])
             self.recorder.set("rewards/length_correlation#n", correlation[1])
-        if self.state.global_step == 0 and scored.any():  # no update yet: the policy should be its reference
+        untouched = self.state.global_step == 0 and self._steps_begun <= 1
+        if untouched and scored.any():  # the policy should still be its reference
             gaps = np.abs(found["log_ratio"][scored] / length[scored])
             self._initial_gap = max(float(gaps.max()), self._initial_gap)
             self.recorder.set("reference/initial_gap", self._initial_gap)

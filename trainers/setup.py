@@ -277,10 +277,18 @@ def set_up_router_loss(model: Any, coef: float | None) -> float:
 
 
 def add_metrics(trainer: Any, logs: dict[str, float]) -> None:
-    """Add the means of what `trainer._metrics` collected since the last log, `eval_` in front in evaluation."""
+    """Add the means of what `trainer._metrics` collected since the last log, `eval_` in front in evaluation.
+
+    Of several evaluation datasets they also get their dataset's name, `eval_<name>_`, as `eval_<name>_loss` has it: so
+    that `metric_for_best_model` can name one.
+    """
     mode = "train" if trainer.model.training else "eval"
-    prefix = "" if mode == "train" else "eval_"
-    logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in trainer._metrics[mode].items()})
+    prefixes = [""]
+    if mode == "eval":
+        own = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+        prefixes = [f"{prefix}_" for prefix in dict.fromkeys(("eval", own))]
+    for name, values in trainer._metrics[mode].items():
+        logs.update({f"{prefix}{name}": sum(values) / len(values) for prefix in prefixes})
     trainer._metrics[mode].clear()
 
 
