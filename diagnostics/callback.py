@@ -261,6 +261,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_step = state.global_step
+        self._average_losses(args)
         actions: list[dict[str, Any]] = []
         if self.engine is not None:
             self._observe_step(state, actions)
@@ -268,6 +269,15 @@ class DiagnosticsCallback(TrainerCallback):
         for action in self._share(args, actions):
             self._carry_out(action)
         self._reset_step()
+
+    def _average_losses(self, args: Any) -> None:
+        """The mean over all processes; each has the loss of its own rows. Every process takes part, come what may."""
+        if args.world_size == 1 or not torch.distributed.is_initialized():
+            return
+        summed = [sum(float(loss) for loss in self._losses), 1.0] if self._losses else [0.0, 0.0]
+        total = torch.tensor(summed, device=args.device)
+        torch.distributed.all_reduce(total)
+        self._losses = [total[0] / total[1]] if total[1] > 0 else []
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any] | None = None, **kw: Any

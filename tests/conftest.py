@@ -367,6 +367,12 @@ def _once(tmp_path_factory, name, make):
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)`: the folder that `make(folder)` filled, once a test session."""
+    return lambda name, make: _once(tmp_path_factory, name, make)
+
+
+@pytest.fixture(scope="session")
 def pretrained_sums(tmp_path_factory):
     """Folder of the demo's supervised stage, 800 healthy steps: `weights.pt` and the run in `run-1`."""
     return _once(

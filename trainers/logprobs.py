@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
@@ -141,7 +141,8 @@ def label_scores(
     """
     inner: Any = model if unwrapped is None else unwrapped
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is not None and inner not in _HEAD_IS_NOT_ALL:
+    # FSDP1 has taken the head's weight apart again when its forward pass ends.
+    if head is not None and inner not in _HEAD_IS_NOT_ALL and not isinstance(model, FullyShardedDataParallel):
         with _WithheldHead(head) as withheld:
             output = model(**inputs)
         if withheld.hidden is not None and (inner in _HEAD_IS_ALL or withheld.explains(output.logits, inner.config)):

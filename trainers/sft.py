@@ -52,6 +52,7 @@ from outspoken.trainers.data.vision import (
     DataCollatorForVisionLanguageModeling,
     contents_as_blocks,
     expect_unused_parameters,
+    refuse_new_images,
     refuse_with_images,
 )
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores, scores_from_logits, shift_labels
@@ -433,6 +434,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
         if self._sees:  # prepared batch by batch
             check_rows(dataset.select_columns(sorted(columns - {*IMAGE_COLUMNS})), name, SUPERVISED, "SFTTrainer")
             return (dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset), {}
+        refuse_new_images(columns, name)
         if self._skip_prepare_dataset or {"input_ids", "labels", "seq_lengths"} <= columns:
             if self._own_collator:
                 check_prepared(columns, name)
@@ -456,11 +458,9 @@ class SFTTrainer(ModelCardMixin, Trainer):
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
             if packing:
-                streaming = isinstance(dataset, IterableDataset)
-                progress: Any = (
-                    {} if streaming else {"num_proc": args.dataset_num_proc, "desc": f"Packing {name} dataset"}
-                )
                 dataset = dataset.select_columns(["input_ids", "labels"])
+                progress = {"num_proc": args.dataset_num_proc, "desc": f"Packing {name} dataset"}
+                progress = progress if isinstance(dataset, Dataset) else {}
                 dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, progress)
                 if args.shuffle_dataset:
                     dataset = dataset.shuffle(seed=args.seed)
@@ -497,7 +497,9 @@ class SFTTrainer(ModelCardMixin, Trainer):
             else:
                 scores, outputs = label_scores(model, model_inputs, labels, unwrapped=self.model, want=want)
 
-        num_tokens = scores.mask.sum() if num_items_in_batch is None else num_items_in_batch
+        num_tokens = num_items_in_batch
+        if num_tokens is None:  # in evaluations, where `Trainer` takes the mean over the processes
+            num_tokens = self.accelerator.reduce(scores.mask.sum().float(), reduction="mean")
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         elif args.loss_type == "dft":

@@ -38,9 +38,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
-            pass  # what is gathered here is given back at the end
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            # Before the first forward pass there is nothing to give back.
+            if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+                handle.reshard(free_unsharded_flat_param=True)
 
 
 def refresh(model: nn.Module) -> None:
@@ -112,7 +114,8 @@ def save_whole_model(model: Any, folder: str, main_process: bool) -> None:
     else:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        offload = any(p.device.type != "cpu" for p in model.parameters())
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=offload))
     if main_process:
         inner.save_pretrained(folder, state_dict=state)
 
