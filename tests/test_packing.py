@@ -289,13 +289,27 @@ def _assert_same_training(one, other, names=("loss", "grad_norm", "entropy", "me
         torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])
+PACKED, SPLIT, FREE = {"packing": True}, {"packing": True, "packing_strategy": "bfd_split"}, {"padding_free": True}
+JOINED = {"padding_free": True, "packing": True, "pad_to_multiple_of": 8}
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "how",
-    [{"packing": True}, {"packing": True, "packing_strategy": "bfd_split"}, {"padding_free": True},
-     {"padding_free": True, "packing": True, "pad_to_multiple_of": 8}],
-    ids=["packed", "packed-split", "padding-free", "packed-and-joined"],
-)  # fmt: skip
+    ("how", "implementation"),
+    [
+        pytest.param(PACKED, "sdpa", id="packed-sdpa"),
+        pytest.param(PACKED, "eager", id="packed-eager"),
+        pytest.param(PACKED, "flash_attention_2", id="packed-flash"),
+        pytest.param(SPLIT, "sdpa", id="split-sdpa", marks=slow),
+        pytest.param(SPLIT, "flash_attention_2", id="split-flash", marks=slow),
+        pytest.param(FREE, "sdpa", id="padding-free-sdpa"),
+        pytest.param(FREE, "eager", id="padding-free-eager", marks=slow),
+        pytest.param(FREE, "flash_attention_2", id="padding-free-flash", marks=slow),
+        pytest.param(JOINED, "sdpa", id="joined-sdpa", marks=slow),
+        pytest.param(JOINED, "eager", id="joined-eager", marks=slow),
+        pytest.param(JOINED, "flash_attention_2", id="joined-flash"),
+    ],
+)
 def test_packed_training_equals_padded_training(build, flash, implementation, how):
     padded = build(_tiny("Llama", **SMALL))
     packed = build(_tiny("Llama", implementation, **SMALL), **how)
@@ -311,13 +325,24 @@ def test_packed_training_equals_padded_training(build, flash, implementation, ho
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        ("GPT2", {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0,
-                  "attn_pdrop": 0}),
-        ("GptOss", {**MIXTURE, "head_dim": 8, "sliding_window": 4}),
-        ("Gemma2", {**SMALL, "head_dim": 8, "sliding_window": 4}),
+        pytest.param(
+            "GPT2",
+            {
+                "vocab_size": 300,
+                "n_embd": 32,
+                "n_layer": 2,
+                "n_head": 4,
+                "resid_pdrop": 0,
+                "embd_pdrop": 0,
+                "attn_pdrop": 0,
+            },
+            id="positions-learned",
+            marks=slow,
+        ),
+        pytest.param("GptOss", {**MIXTURE, "head_dim": 8, "sliding_window": 4}, id="masks"),
+        pytest.param("Gemma2", {**SMALL, "head_dim": 8, "sliding_window": 4}, id="sliding-window", marks=slow),
     ],
-    ids=["positions-learned", "masks", "sliding-window"],
-)  # fmt: skip
+)
 def test_other_architectures_packed_equal_padded(build, kind, config):
     settings = {"router_aux_loss_coef": 0.0} if kind == "GptOss" else {}
     implementation = "sdpa" if kind == "GPT2" else "eager"

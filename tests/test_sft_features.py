@@ -132,7 +132,9 @@ ADAPTERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in ("rslora", "ia3", "p-tuning") else k for k in ADAPTERS]
+)
 def test_adapters_train(build, kind):
     """Every weight of the adapter moves, no other does, and the loss falls."""
     config = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 0.05, "seed": 1}

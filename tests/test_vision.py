@@ -367,13 +367,18 @@ def test_a_model_that_sees_learns_from_text(build, tiny_vlm):
     """Rows without images, whose template wants contents as blocks."""
     rows = [{"messages": turns("What is this?", "A square.")}, {"messages": turns("Hi", "Hello, you.")}]
     _assert_same(build(rows), build(rows, "trl"))
-    packed, padded = (build(rows, max_steps=1, **how) for how in ({"packing": True, "max_length": 128}, {}))
-    assert len(packed.train_dataset) == 1
-    _assert_same(packed, padded)
     ours = build(rows, assistant_only_loss=True, max_steps=1)
     labels = ours.train_dataset[0]["labels"]
     decode = ours.processing_class.tokenizer.decode
     assert decode([label for label in labels if label != -100]) == "A square.<|im_end|>"
+
+
+@pytest.mark.slow
+def test_packed_text_of_a_model_that_sees(build):
+    rows = [{"messages": turns("What is this?", "A square.")}, {"messages": turns("Hi", "Hello, you.")}]
+    packed, padded = (build(rows, max_steps=1, **how) for how in ({"packing": True, "max_length": 128}, {}))
+    assert len(packed.train_dataset) == 1
+    _assert_same(packed, padded)
 
 
 def test_adapter_and_checkpoint(build, tmp_path):
@@ -425,6 +430,17 @@ def test_reference_scores_need_the_images_again(build):
         ValueError, match=r"^`precompute_ref_log_probs=True` does not work with images; set it to False"
     ):
         build(preferences(), "our dpo", precompute_ref_log_probs=True)
+
+
+@pytest.mark.parametrize(("trainer", "rows"), [("ours", chats), ("our dpo", preferences)])
+def test_images_in_evaluation_only(build, trainer, rows):
+    blind = [{name: value for name, value in row.items() if name != "images"} for row in rows()]
+    with pytest.raises(ValueError) as error:
+        build(blind, trainer, options={"eval_dataset": Dataset.from_list(rows())})
+    assert str(error.value) == (
+        "The eval dataset has a column 'images', but the train dataset has no images; remove the column, or train with "
+        "images, too."
+    )
 
 
 @pytest.mark.parametrize(("trainer", "rows"), [("ours", chats), ("our dpo", preferences)])

@@ -7,7 +7,7 @@ text. Conversations may say where the images stand by blocks `{"type": "image"}`
 before the first words of the user.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,6 +290,16 @@ def expect_unused_parameters(processor: Any, args: Any) -> None:
     reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if isinstance(processor, ProcessorMixin) and args.ddp_find_unused_parameters is None and not reentrant:
         args.ddp_find_unused_parameters = True
+
+
+def refuse_new_images(columns: Collection[str], name: str) -> None:
+    """Raise if a dataset has images beside a train dataset that has none."""
+    found = {*IMAGE_COLUMNS} & {*columns}
+    if found:
+        raise ValueError(
+            f"The {name} dataset has a column {min(found)!r}, but the train dataset has no images; remove the column, "
+            "or train with images, too."
+        )
 
 
 def refuse_with_images(processor: Any, args: Any, trainer: str) -> None:
