@@ -149,7 +149,7 @@ def label_scores(
             _HEAD_IS_ALL.add(inner)
             hidden = withheld.hidden
             if isinstance(model, FSDPModule):
-                hidden = _Follow.apply(hidden, output.logits)
+                hidden = Follow.apply(hidden, output.logits)
             labels = shift_labels(labels, hidden.size(1)).to(hidden.device)
             mask = labels != IGNORE_INDEX
             labelled = hidden[:, :-1], mask.nonzero(as_tuple=True), labels[mask]
@@ -253,10 +253,10 @@ def _whole(weight: Tensor | None) -> Tensor | None:
     return whole
 
 
-class _Follow(torch.autograd.Function):
+class Follow(torch.autograd.Function):
     """`hidden` as it is, whose backward pass waits for that of the model's logits, which get no gradient.
 
-    FSDP2 gathers the root's weights for the backward pass when that reaches an output of the model.
+    FSDP gathers the root's weights for the backward pass when that reaches an output of the model.
     """
 
     @staticmethod

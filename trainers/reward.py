@@ -34,6 +34,7 @@ from outspoken.trainers.data.formats import first_row
 from outspoken.trainers.data.padding import pad
 from outspoken.trainers.data.pairs import prepare_pairs
 from outspoken.trainers.loading import config_of
+from outspoken.trainers.logprobs import Follow
 from outspoken.trainers.losses.reward import bradley_terry_loss, centering_loss
 from outspoken.trainers.measuring import RecentCorrelation, gather_rows, sum_over_processes
 from outspoken.trainers.model_card import ModelCardMixin
@@ -378,7 +379,7 @@ class RewardTrainer(ModelCardMixin, Trainer):
             shared_inputs, rows, columns = shared
             with outputs_of(base_model(self.model).score) as kept:
                 outputs = model(**shared_inputs, use_cache=False)
-            outputs.logits = kept[-1][rows, columns]
+            outputs.logits = Follow.apply(kept[-1][rows, columns], outputs.logits)
         outputs.logits = outputs.logits.float()
         return outputs
 
