@@ -1,6 +1,7 @@
 """DPOTrainer by itself: its losses against formulas written out here, shared prompts, resuming, data, settings."""
 
 import copy
+import json
 import logging
 import math
 import warnings
@@ -398,7 +399,32 @@ def test_measurements_are_handed_over(build, tiny_tokenizer):
     assert signals["reference/initial_gap"] == pytest.approx(gap, rel=1e-3)
     assert "rewards/length_correlation" not in signals  # of three pairs it says nothing
     trainer.train()
-    assert "reference/initial_gap" in trainer.recorder.take().signals  # a new run begins at step 0 again
+    assert "reference/initial_gap" not in trainer.recorder.take().signals  # the second run's policy has been trained
+
+
+def test_a_run_is_watched(build, tmp_path):
+    trainer = build(output_dir=str(tmp_path), diagnose=True, max_steps=2, eval_strategy="steps", eval_steps=1,
+                    eval_dataset=Dataset.from_list(ROWS[:2]))  # fmt: skip
+    trainer.train()
+    run = json.loads((tmp_path / "outspoken" / "run.json").read_text())
+    steps = [
+        json.loads(line)["signals"] for line in (tmp_path / "outspoken" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert run["method"] == "dpo" and run["status"] == "finished" and run["facts"]["data/rows"] == 4
+    assert {"beta", "loss_weights", "ld_alpha"} <= run["live"].keys() and run["config"]["share_prompts"] is True
+    steps = [signals for signals in steps if "loss" in signals]  # evaluations are lines of their own
+    assert len(steps) == 2 and {
+        "loss", "rewards/margins", "lengths/chosen", "shift/rejected", "reference/initial_gap", "tokens/supervised_share",
+    } <= steps[0].keys()  # fmt: skip
+    assert "reference/initial_gap" not in steps[1]
+
+
+def test_settings_come_from_the_command_line(tmp_path):
+    from transformers import HfArgumentParser
+
+    words = f"--output_dir {tmp_path} --use_cpu --loss_type sigmoid sft --loss_weights 1 0.5 --beta 0.2 --ld_alpha 0.5"
+    (args,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(words.split())
+    assert (args.loss_type, args.loss_weights, args.beta, args.ld_alpha) == (["sigmoid", "sft"], [1.0, 0.5], 0.2, 0.5)
 
 
 def log_ratios_cut(trainer, max_length):

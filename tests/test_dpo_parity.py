@@ -318,8 +318,8 @@ def test_evaluation_equals_trl(build, options):
     other = [entry for entry in theirs.state.log_history if any(key.startswith("eval_") for key in entry)]
     assert len(mine) == len(other) == 2
     for a, b in zip(mine, other):
-        assert {*a} == {*b}
-        for name in a:
+        assert {*b} <= {*a}  # each name also stands with its dataset's name here
+        for name in b:
             if not name.endswith(("_runtime", "_per_second")):
                 assert a[name] == pytest.approx(b[name], rel=2e-5, abs=2e-5), name
     if "precompute_ref_log_probs" not in options:
