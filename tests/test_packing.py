@@ -453,6 +453,23 @@ def test_rows_packed_beforehand_are_kept_apart(build):
     _assert_same_training(build(_tiny("Llama", **SMALL), rows, **skip), build(_tiny("Llama", **SMALL), apart))
 
 
+def test_positions_of_a_users_collator_are_the_users(build):
+    """Nothing is packed: what the collator says about padding and positions goes to the model as it is."""
+
+    def left_padded(rows):
+        width = max(len(row["input_ids"]) for row in rows)
+        sides = [width - len(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": torch.tensor([[PAD] * n + row["input_ids"] for n, row in zip(sides, rows)]),
+            "labels": torch.tensor([[-100] * n + [-100, *row["labels"][1:]] for n, row in zip(sides, rows)]),
+            "attention_mask": torch.tensor([[0] * n + [1] * (width - n) for n in sides]),
+            "position_ids": torch.stack([(torch.arange(width) - n).clamp(min=0) for n in sides]),
+        }
+
+    own = build(_tiny("Llama", **SMALL), options={"data_collator": left_padded})
+    _assert_same_training(own, build(_tiny("Llama", **SMALL)))
+
+
 def test_cut_documents_are_counted_in_packed_rows(build):
     rows = [{"input_ids": list(range(10, 10 + n))} for n in (9, 3, 2)]
     for strategy, cut in (("bfd", 1 / 3), ("bfd_split", 0.0), ("wrapped", 0.0)):

@@ -413,7 +413,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         finish_setup(self, "sft")
-        self._boundaries = "" if joining is None else self._find_boundaries(joining)
+        self._boundaries = None if joining is None else self._find_boundaries(joining)
 
     def _find_boundaries(self, joining: str) -> str:
         """How the model is told where documents begin; raises if it does not keep them apart."""
@@ -482,7 +482,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
         args = self.args
         labels = inputs["labels"]  # (B, T)
         model_inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        if "position_ids" in inputs:
+        if self._boundaries is not None and "position_ids" in inputs:  # which else a user's collator makes
             model_inputs = tell_boundaries(model_inputs, self._boundaries, self.model)
         model_inputs["use_cache"] = False
         if self.aux_loss_enabled:
@@ -524,7 +524,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
         training = self.model.training
         ids, labels = inputs["input_ids"], inputs["labels"]  # (B, T)
         present = inputs.get("attention_mask", torch.ones_like(ids))
-        if "position_ids" in inputs:  # padding is a document, too
+        if self._boundaries is not None and "position_ids" in inputs:  # padding is a document, too
             ids, labels, present = one_document_a_row(
                 inputs["position_ids"], (ids, 0), (labels, IGNORE_INDEX), (present, 0)
             )
