@@ -170,6 +170,7 @@ def train(method: str, config_file: str | None, tokens: Sequence[str]) -> dict[s
             exit_code=BAD,
         ) from None
     trainer.save_model(config.output_dir)
+    trainer.create_model_card(dataset_name=setup.dataset_name)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=setup.dataset_name)
     run_dir = os.path.join(config.output_dir, "outspoken")

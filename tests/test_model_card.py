@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import outspoken
 from outspoken import DiagnosticsCallback
 from outspoken.trainers import model_card
 from outspoken.trainers.model_card import ModelCardMixin, markdown
@@ -356,6 +357,28 @@ class TestPushToHub:
             ("last-checkpoint", "Training in progress, step 6, checkpoint"),
         ]
         assert all("**Verdict so far: warming up**" in card for _, _, _, card, _ in hub)
+
+
+@pytest.mark.parametrize("name", ["SFTTrainer", "RewardTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer"])
+def test_every_trainer_writes_one(name):
+    trainer = getattr(outspoken, name)
+    for method in ("create_model_card", "_save", "_save_checkpoint"):
+        assert getattr(trainer, method) is getattr(ModelCardMixin, method)
+    assert name.removesuffix("Trainer").lower() in model_card.METHODS
+
+
+def test_sft_from_a_path(tmp_path, tiny_model_dir):
+    args = outspoken.SFTConfig(
+        str(tmp_path / "tuned"), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    rows = Dataset.from_list([{"prompt": "The sky is", "completion": f" blue {i}."} for i in range(8)])
+    trainer = outspoken.SFTTrainer(tiny_model_dir, args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    metadata, text = card_in(args.output_dir)
+    assert metadata["tags"] == ["generated_from_trainer", "outspoken", "sft"] and "base_model" not in metadata
+    assert "with supervised fine-tuning, by Outspoken" in text and '"role": "user"' in text
+    assert "| max\\_length | 1024 |" in text and "**Verdict" in text
 
 
 def test_the_card_tells_a_run_that_ended_early(make):
