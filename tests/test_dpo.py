@@ -530,6 +530,8 @@ def test_a_collator_of_ones_own(build):
     own, given = build(max_steps=2), build(max_steps=2, data_collator=collate)
     for trainer in (own, given):
         trainer.train()
+    assert own.recorder.take().signals["samples/truncated"] == 0
+    assert "samples/truncated" not in given.recorder.take().signals  # nobody knows what was cut
     for a, b in zip(own.model.parameters(), given.model.parameters()):
         torch.testing.assert_close(a, b)
 

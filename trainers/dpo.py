@@ -7,6 +7,7 @@ the reference on each.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -695,6 +696,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
         scored = (inputs["completion_mask"] * present)[:, 1:].bool()
         number = len(ids) // 2
         tokens = ids * present
+        unknown = 0.0 if self.args.max_length is None else math.nan  # a collator of the user's does not tell
         taken = {name: batch.take(getattr(scores, name)).sum(1) for name in ("entropy", "mean_logits", "is_top1")}
         columns = {  # each (2B,)
             **taken,
@@ -702,7 +704,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
             "logps": pairs.logps,
             "log_ratio": pairs.logps - pairs.ref_logps,
             "present": present.sum(1),
-            "truncated": inputs.get("truncated", torch.zeros_like(pairs.lengths)),
+            "truncated": inputs.get("truncated", torch.full_like(pairs.logps, unknown)),
             "ended": ends_with(ids[:, 1:], scored, self._end_tokens),
             "identical": (tokens[:number] == tokens[number:]).all(1).repeat(2),
         }
@@ -738,7 +740,8 @@ class DPOTrainer(ModelCardMixin, Trainer):
         scored = length > 0
         count("samples/no_supervised", (~scored).sum(), length.size)
         count("samples/supervised_eos", found["ended"].sum(), scored.sum())
-        count("samples/truncated", found["truncated"].sum(), length.size)
+        if not np.isnan(found["truncated"]).any():
+            count("samples/truncated", found["truncated"].sum(), length.size)
         count("tokens/supervised_share", length.sum(), found["present"].sum())
         count("pairs/identical", found["identical"][:, 0].sum(), len(length))
         for side, name in enumerate(("chosen", "rejected")):
