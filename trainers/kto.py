@@ -47,6 +47,7 @@ from outspoken.trainers.reference import (
     given_reference,
     make_reference,
     precompute,
+    prepare_exactly,
     prepare_reference,
     reference_policy,
 )
@@ -377,10 +378,7 @@ class KTOTrainer(ModelCardMixin, Trainer):
         return sum_over_processes(self.accelerator, device, rows=sum(len(b["label"]) for b in batch_samples))["rows"]
 
     def _prepare_inputs(self, inputs):
-        # DeepSpeed rounds what is no integer to the precision of the weights, in which hundreds of nats are whole nats.
-        exact = {key: value for key, value in inputs.items() if key in _REFERENCE_LOGPS}
-        prepared = super()._prepare_inputs({key: value for key, value in inputs.items() if key not in exact})
-        return {**prepared, **{key: value.to(self.args.device) for key, value in exact.items()}}
+        return prepare_exactly(super()._prepare_inputs, inputs, _REFERENCE_LOGPS, self.args.device)
 
     def training_step(self, *args, **kwargs):
         with offload_activations(self.model) if self.args.activation_offloading else nullcontext():

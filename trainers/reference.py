@@ -8,7 +8,7 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -313,6 +313,21 @@ def precompute(
         if accelerator.is_main_process:
             _write_columns(columns, path)
     return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+
+
+def prepare_exactly(
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    inputs: Mapping[str, Any],
+    columns: Collection[str],
+    device: Any,
+) -> dict[str, Any]:
+    """`prepare(inputs)`, a trainer's way to move a batch to its device, but with these columns' values as they are.
+
+    DeepSpeed rounds what is no integer to the precision of the weights, in which hundreds of nats are whole nats.
+    """
+    exact = {key: value for key, value in inputs.items() if key in columns}
+    prepared = prepare({key: value for key, value in inputs.items() if key not in exact})
+    return {**prepared, **{key: value.to(device) for key, value in exact.items()}}
 
 
 def _untrained_policy(trainer: Any) -> Any:
