@@ -251,9 +251,12 @@ class DiagnosticsCallback(TrainerCallback):
             return
         if self._optimizer is not None:
             self._step_values["learning_rate"] = self._optimizer.param_groups[0]["lr"]
-        sharded = any(getattr(self._trainer, f"is_{how}_enabled", False) for how in ("fsdp", "deepspeed"))
-        if self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None and not sharded:
+        if self._due(state.global_step + 1, GRADIENT_EVERY) and self._model is not None and not self._sharded():
             self._step_values["grad_norm_clipped"] = torch_probes.gradient_facts(self._model).get("grad_norm")
+
+    def _sharded(self) -> bool:
+        """Whether a process sees only its share of the gradients, or (DeepSpeed) none."""
+        return any(getattr(self._trainer, f"is_{how}_enabled", False) for how in ("fsdp", "deepspeed"))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._optimizer_started is not None:
@@ -422,7 +425,7 @@ class DiagnosticsCallback(TrainerCallback):
     @_guarded
     def _look_at_gradients(self) -> None:
         """Single tensors before clipping: now and then, and where the loss or the last gradient was not finite."""
-        if self.engine is None or self._model is None:
+        if self.engine is None or self._model is None or self._sharded():
             return
         due = self._due(self._last_step + 1, GRADIENT_EVERY) or self._bad_gradient
         if not due and all(math.isfinite(float(loss)) for loss in self._losses):

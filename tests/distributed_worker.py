@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp as fsdp
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
 
 import outspoken
 
@@ -123,6 +123,12 @@ def train(method, folder, batch, model_dir, checkpoint=None):
         callbacks=callbacks,
     )
     watch.trainer = trainer
+    completions = None
+    if method == "sft":
+        completions = outspoken.LogCompletionsCallback(
+            trainer, GenerationConfig(max_new_tokens=8, do_sample=False), num_prompts=3, freq=STEPS
+        )
+        trainer.add_callback(completions)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "model"))
     wrote = trainer.accelerator.gather(torch.tensor([int(bool(watch.wrote))])).tolist()
@@ -137,6 +143,7 @@ def train(method, folder, batch, model_dir, checkpoint=None):
             "wrote": wrote,
             "world": trainer.accelerator.num_processes,
             "kind": str(trainer.accelerator.distributed_type),
+            "completions": None if completions is None else completions.table,
         }
         (folder / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
