@@ -64,6 +64,14 @@ def test_a_number_that_does_not_vary_has_no_correlation():
     assert r.value() is not None
 
 
+def test_a_spread_that_is_rounding_says_nothing():
+    r = RecentCorrelation(min_spread=1e-4)
+    r.add(1e-6 * np.arange(10), np.arange(10))  # of standard deviation 2.9e-6
+    assert r.value() is None
+    r.add([0.1], [11])
+    assert r.value() is not None
+
+
 def test_pairs_that_are_not_finite_are_left_out():
     r, clean = RecentCorrelation(), RecentCorrelation()
     x, y = np.arange(12.0), np.arange(12.0) ** 2

@@ -49,7 +49,14 @@ from outspoken.trainers.data.vision import (
 )
 from outspoken.trainers.logprobs import TokenScores, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses import preference as losses
-from outspoken.trainers.measuring import RecentCorrelation, end_token_ids, ends_with, gather_rows, sum_over_processes
+from outspoken.trainers.measuring import (
+    REWARD_ROUNDING,
+    RecentCorrelation,
+    end_token_ids,
+    ends_with,
+    gather_rows,
+    sum_over_processes,
+)
 from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import (
     given_reference,
@@ -463,7 +470,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
         self.recorder = Recorder()
         self._end_tokens = end_token_ids(processing.tokenizer)
         self._pad_token_id = processing.pad_token_id
-        self._margins_and_lengths = RecentCorrelation()
+        self._margins_and_lengths = RecentCorrelation(min_spread=REWARD_ROUNDING)
         self._initial_gap = 0.0
         self._steps_begun = 0  # over all calls of `train`
         train_dataset, facts = self._prepare(train_dataset, "train", args)

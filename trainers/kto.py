@@ -41,7 +41,14 @@ from outspoken.trainers.data.unpaired import (
 )
 from outspoken.trainers.logprobs import IGNORE_INDEX, TokenScores, label_scores, scores_from_logits, shift_labels
 from outspoken.trainers.losses.kto import apo_zero_unpaired_loss, kto_loss, reference_point
-from outspoken.trainers.measuring import RecentCorrelation, end_token_ids, ends_with, gather_rows, sum_over_processes
+from outspoken.trainers.measuring import (
+    REWARD_ROUNDING,
+    RecentCorrelation,
+    end_token_ids,
+    ends_with,
+    gather_rows,
+    sum_over_processes,
+)
 from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import (
     given_reference,
@@ -279,7 +286,7 @@ class KTOTrainer(ModelCardMixin, Trainer):
         processing = prepare_processing(model, args, processing_class, trainer="KTOTrainer")
         self.recorder = Recorder()
         self._end_tokens = end_token_ids(processing.tokenizer)
-        self._rewards_and_lengths = RecentCorrelation()
+        self._rewards_and_lengths = RecentCorrelation(min_spread=REWARD_ROUNDING)
         self._initial_gap = 0.0
         self._spares: list[dict[str, list[int]]] = []
         train_dataset, facts = self._prepare(train_dataset, "train", args, processing.tokenizer)

@@ -10,13 +10,21 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+# Implicit rewards of less spread than this, in nats, are the rounding of log-probabilities of some hundred nats.
+REWARD_ROUNDING = 1e-4
+
 
 class RecentCorrelation:
-    """Pearson's correlation of two numbers over the newest `size` pairs. Pairs that are not finite are left out."""
+    """Pearson's correlation of two numbers over the newest `size` pairs. Pairs that are not finite are left out.
+
+    Args:
+        min_spread: a standard deviation of the first number below which it says nothing, being rounding.
+    """
 
     MIN_PAIRS = 8
 
-    def __init__(self, size: int = 512):
+    def __init__(self, size: int = 512, min_spread: float = 0.0):
+        self.min_spread = min_spread
         self._pairs = np.empty((size, 2))
         self._next = 0  # where the next pair goes
         self._filled = 0
@@ -31,9 +39,11 @@ class RecentCorrelation:
         self._filled = min(self._filled + len(pairs), size)
 
     def value(self) -> tuple[float, int] | None:
-        """The correlation and the number of pairs; None below 8 pairs, or where one of the numbers does not vary."""
+        """The correlation and the number of pairs; None below 8 pairs, or where a number does not vary."""
         pairs = self._pairs[: self._filled]
         if self._filled < self.MIN_PAIRS or (pairs == pairs[0]).all(axis=0).any():
+            return None
+        if pairs[:, 0].std() < self.min_spread:
             return None
         pairs = pairs / np.abs(pairs).max(axis=0)  # squares of large and small numbers stay in range
         x, y = (pairs - pairs.mean(axis=0)).T
