@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp as fsdp
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoTokenizer, GenerationConfig, TrainerCallback
 
 import outspoken
@@ -54,6 +55,8 @@ METHODS = {
     ),
     # Precomputed, so that which answers a prompt is put to does not depend on a process's batch.
     "kto": ("KTOTrainer", RATED, {"learning_rate": 0.05, "beta": 0.5, "precompute_ref_log_probs": True}),
+    "sft-lora": ("SFTTrainer", TEXTS, {"learning_rate": 0.2, "lora": True}),
+    "dpo-lora": ("DPOTrainer", PAIRS, {"learning_rate": 0.05, "beta": 0.5, "lora": True}),
     "kto-apo": ("KTOTrainer", RATED, {"learning_rate": 0.05, "loss_type": "apo_zero_unpaired"}),
 }
 
@@ -88,6 +91,8 @@ class Watch(TrainerCallback):
 
 def train(method, folder, batch, model_dir, checkpoint=None):
     kind, rows, own = METHODS[method]
+    own = dict(own)
+    lora = own.pop("lora", False)
     world = int(os.environ.get("WORLD_SIZE", 1))
     settings = {
         "output_dir": str(folder),
@@ -121,6 +126,7 @@ def train(method, folder, batch, model_dir, checkpoint=None):
         eval_dataset=Dataset.from_list(rows[:8]),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
         callbacks=callbacks,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
     )
     watch.trainer = trainer
     completions = None

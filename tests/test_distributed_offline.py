@@ -22,7 +22,7 @@ from outspoken.cli.env import accelerate_config
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-METHODS = ("sft", "reward", "dpo", "kto", "kto-apo")
+METHODS = ("sft", "reward", "dpo", "kto", "kto-apo", "sft-lora", "dpo-lora")
 BATCH, STEPS = 4, 4
 # How a model is spread -> the accelerate config that comes with the package. Accelerate itself shards over accelerators
 # only, so the worker lets it take the CPU for one; what loads and moves weights for GPUs is switched off.
@@ -82,6 +82,11 @@ def spread(request):
     return request.param
 
 
+def skip_saved_adapters(spread, method):
+    if spread == "fsdp1" and method.endswith("-lora"):
+        pytest.skip("FSDP1 gathers an adapter with its full state, which fails on a CPU")
+
+
 def weights(folder):
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -125,6 +130,7 @@ class TestTwoProcesses:
                 assert other[key] == pytest.approx(value, rel=5e-5, abs=5e-5), (entry["step"], key)
         losses = [entry["loss"] for entry in expected if "loss" in entry]
         assert len(losses) == STEPS and max(losses) - min(losses) > 0.1  # it did train
+        skip_saved_adapters(spread, method)
         assert_same_weights(two / "model", one / "model", 1e-5)
 
     def test_one_of_them_writes(self, ran, spread, method):
@@ -149,6 +155,7 @@ class TestTwoProcesses:
                 assert found["signals"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), (expected["step"], name)
 
     def test_resumed_from_a_checkpoint_ends_the_same(self, ran, spread, method):
+        skip_saved_adapters(spread, method)
         through, resumed = ran(spread, method), ran(spread, f"{method}-resumed")
         assert_same_weights(resumed / "model", through / "model", 1e-7)
         for entry, again in zip(
