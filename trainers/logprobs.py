@@ -28,8 +28,10 @@ IGNORE_INDEX = -100  # the label of a token that carries no loss
 
 # At most this many float32 logits (or twice as many in half precision) exist at a time: 2**26 are 256 MiB.
 MAX_SLICE_LOGITS = 2**26
-# They lie in tiles at least so wide, unless that is more: narrow ones read the hidden states once more for each.
-MIN_TILE_WIDTH = 2**15
+# If that is not all, a tile on a CPU has so many: larger ones are not faster, for each needs fresh memory.
+CPU_TILE_LOGITS = 2**24
+# A tile is so wide or wider, where it can be: of narrow ones there are more, and each reads the hidden states again.
+MIN_TILE_WIDTH = 2**13
 # A tile is scored in blocks of so many logits. On a CPU a block and its copy stay in the cache; elsewhere, a block is
 # large against the time that it takes to start a kernel.
 CPU_BLOCK_LOGITS = 2**18
@@ -512,7 +514,11 @@ def _cuts(states: Tensor, weight: Tensor | None, number: int, how: _How) -> tupl
     if weight is None:  # the logits exist, a tile is a copy
         size = min(how.max_slice_logits, _block_size(states)) // states.size(-1)
         return _slices(number, size), [slice(0, states.size(-1))]
-    limit = how.max_slice_logits * (2 if states.is_cuda and how.dtype.itemsize == 2 else 1)
+    limit = how.max_slice_logits
+    if states.device.type == "cpu":
+        limit = limit if number * len(weight) <= limit else min(limit, CPU_TILE_LOGITS)
+    elif how.dtype.itemsize == 2:
+        limit *= 2
     rows = _slices(number, limit // min(len(weight), MIN_TILE_WIDTH))
     return rows, _slices(len(weight), limit // max(1, rows[0].stop))
 
