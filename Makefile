@@ -52,6 +52,7 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(ENV) $(BIN)/python benchmarks/cost.py
+	$(ENV) $(BIN)/python benchmarks/offline.py --quick
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
