@@ -197,7 +197,7 @@ def row_source(
     else:
         raise ValueError(
             f"The {name} dataset has columns {', '.join(map(repr, columns))}, but none to train on; it needs "
-            f"{how.text_column!r} (set by `dataset_text_field`), 'messages', or 'prompt' and 'completion'. Name the "
+            f"{how.text_column!r} (set by `dataset_text_field`), 'messages', or 'prompt' and 'completion': name the "
             "column in `dataset_text_field`, rename it, or pass `formatting_func`."
         )
     if how.assistant_only_loss and not (
