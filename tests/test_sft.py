@@ -51,7 +51,7 @@ def build(settings, tiny_model_factory, tiny_tokenizer_factory):
 
 # ---------------------------------------------------------------------------------------------- wrong inputs
 
-COLUMNS = "it needs 'text' (set by `dataset_text_field`), 'messages', or 'prompt' and 'completion'."
+COLUMNS = "it needs 'text' (set by `dataset_text_field`), 'messages', or 'prompt' and 'completion'"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ COLUMNS = "it needs 'text' (set by `dataset_text_field`), 'messages', or 'prompt
         (
             [{"question": "a", "answer": "b"}],
             {},
-            f"The train dataset has columns 'question', 'answer', but none to train on; {COLUMNS} Name the column in "
+            f"The train dataset has columns 'question', 'answer', but none to train on; {COLUMNS}: name the column in "
             "`dataset_text_field`, rename it, or pass `formatting_func`.",
         ),
         (
