@@ -11,6 +11,26 @@ from outspoken.trainers.data.padding import pad
 
 
 @dataclass
+class Sampled:
+    """What a backend sampled, one entry per prompt in the order of the prompts.
+
+    Attributes:
+        completion_ids: token ids, up to and with the token that ended the completion.
+        finished: whether it ended by itself (an end token or a stop text) and was not cut.
+        logps: log-probability in nats of each token under `softmax(logits / temperature)`, before top-k, top-p, min-p
+            and penalties: what a pass over the finished text gives. None where the backend keeps none.
+        entropies: entropy in nats of those distributions; None where the backend keeps none.
+        tool_mask: 1 on tokens that the model wrote, 0 on those put in between by tools and environments; None: all 1.
+    """
+
+    completion_ids: list[list[int]]
+    finished: list[bool]
+    logps: list[list[float]] | None = None
+    entropies: list[list[float]] | None = None
+    tool_mask: list[list[int]] | None = None
+
+
+@dataclass
 class RolloutBatch:
     """`N` sampled completions with what the loss needs of them. `P` prompt tokens (left-padded), `T` completion tokens
     (right-padded).
