@@ -94,7 +94,7 @@ def test_sequence_weight_of_a_masked_completion_is_zero_not_nan():
 
 
 def test_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="importance_sampling_level is 'word'; use 'token' or 'sequence'"):
+    with pytest.raises(ValueError, match="importance_sampling_level is 'word'; use 'token', 'sequence' or 'sequence_token'"):
         policy.importance_log_weights(torch.zeros(1, 1), torch.ones(1, 1), "word")
 
 
