@@ -142,33 +142,23 @@ def label_scores(
         those of the last position only. Under prompt learning the shape is (B, T - 1 + P), for P virtual tokens.
     """
     inner: Any = model if unwrapped is None else unwrapped
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    # FSDP1 has taken the head's weight apart again when its forward pass ends.
-    if head is not None and inner not in _HEAD_IS_NOT_ALL and not isinstance(model, FullyShardedDataParallel):
-        with _WithheldHead(head) as withheld:
-            output = model(**inputs)
-        if withheld.hidden is not None and (inner in _HEAD_IS_ALL or withheld.explains(output.logits, inner.config)):
-            _HEAD_IS_ALL.add(inner)
-            hidden = withheld.hidden
-            if isinstance(model, FSDPModule):
-                hidden = Follow.apply(hidden, output.logits)
-            labels = shift_labels(labels, hidden.size(1)).to(hidden.device)
-            mask = labels != IGNORE_INDEX
-            labelled = hidden[:, :-1], mask.nonzero(as_tuple=True), labels[mask]
-            dtype = torch.float32 if fp32_head else withheld.autocast or hidden.dtype
-            how = _How(dtype, temperature, tuple(want), entropy_grad, max_slice_logits)
-            if _is_plain(head):
-                multiplier, cap = logit_transform(inner.config)
-                how = replace(how, multiplier=multiplier, cap=cap)
-                found = _score(*labelled, how, _whole(head.weight), _whole(head.bias))
-            else:
-                with torch.autocast(hidden.device.type, dtype=withheld.autocast, enabled=dtype == withheld.autocast):
-                    found = _score_through_head(*labelled, how, head, inner.config, output.logits.size(-1))
-            return _spread(found, mask), output
-        # This architecture does something to its logits that `finish_logits` does not know.
-        _HEAD_IS_NOT_ALL.add(inner)
+    withheld, output = run_without_head(model, inputs, inner)
+    if withheld is not None:
+        head, hidden = withheld.head, withheld.hidden
+        labels = shift_labels(labels, hidden.size(1)).to(hidden.device)
+        mask = labels != IGNORE_INDEX
+        labelled = hidden[:, :-1], mask.nonzero(as_tuple=True), labels[mask]
+        dtype = torch.float32 if fp32_head else withheld.autocast or hidden.dtype
+        how = _How(dtype, temperature, tuple(want), entropy_grad, max_slice_logits)
+        if is_plain(head):
+            multiplier, cap = logit_transform(inner.config)
+            how = replace(how, multiplier=multiplier, cap=cap)
+            found = _score(*labelled, how, whole_weight(head.weight), whole_weight(head.bias))
+        else:
+            with torch.autocast(hidden.device.type, dtype=withheld.autocast, enabled=dtype == withheld.autocast):
+                found = _score_through_head(*labelled, how, head, inner.config, output.logits.size(-1))
+        return _spread(found, mask), output
 
-    output = model(**inputs)
     labels = shift_labels(labels, output.logits.size(1)).to(output.logits.device)
     scores = scores_from_logits(
         output.logits[:, :-1],
@@ -180,6 +170,31 @@ def label_scores(
     )
     output.logits = output.logits[:, -1:]
     return scores, output
+
+
+def run_without_head(model: nn.Module, inputs: Mapping[str, Any], inner: Any) -> "tuple[WithheldHead | None, Any]":
+    """Run a causal language model with all but the last position withheld from its output head.
+
+    Args:
+        model: the model to call, possibly wrapped.
+        inner: the model inside.
+
+    Returns:
+        What was withheld, and the output, whose logits are those of the last position; or None and the whole output,
+        where the architecture does something to its logits that `finish_logits` does not know.
+    """
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    # FSDP1 has taken the head's weight apart again when its forward pass ends.
+    if head is not None and inner not in _HEAD_IS_NOT_ALL and not isinstance(model, FullyShardedDataParallel):
+        with WithheldHead(head) as withheld:
+            output = model(**inputs)
+        if withheld.hidden is not None and (inner in _HEAD_IS_ALL or withheld.explains(output.logits, inner.config)):
+            _HEAD_IS_ALL.add(inner)
+            if isinstance(model, FSDPModule):
+                withheld.hidden = Follow.apply(withheld.hidden, output.logits)
+            return withheld, output
+        _HEAD_IS_NOT_ALL.add(inner)
+    return None, model(**inputs)
 
 
 def finish_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
@@ -216,7 +231,7 @@ _HEAD_IS_NOT_ALL: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _HEAD_IS_ALL: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def _is_plain(head: nn.Module) -> bool:
+def is_plain(head: nn.Module) -> bool:
     """Whether calling the head only multiplies with its weight, which this process holds whole or can gather.
 
     Not so for adapters, quantized layers, hooks, forwards replaced by Accelerate, and weights that are gathered when the
@@ -243,7 +258,7 @@ def _is_plain(head: nn.Module) -> bool:
     )
 
 
-def _whole(weight: Tensor | None) -> Tensor | None:
+def whole_weight(weight: Tensor | None) -> Tensor | None:
     """A weight of the head, gathered if FSDP2 has sharded it again after the model's forward pass."""
     if not isinstance(weight, DTensor):
         return weight
@@ -270,16 +285,16 @@ class Follow(torch.autograd.Function):
         return grads[0], None
 
 
-class _WithheldHead:
+class WithheldHead:
     """While open, the output head sees the last position only, and the hidden states it should have seen are kept."""
 
     def __init__(self, head: nn.Module) -> None:
-        self.head = head
-        self.hidden: Tensor | None = None  # (B, T, H)
+        self.head: Any = head
+        self.hidden: Any = None  # (B, T, H); None while the head was not called
         self.autocast: torch.dtype | None = None  # the precision of the autocast that the head runs under, if any
         self._raw: Tensor | None = None  # what the head made of the last position, (B, 1, V)
 
-    def __enter__(self) -> "_WithheldHead":
+    def __enter__(self) -> "WithheldHead":
         self._handles = [
             self.head.register_forward_pre_hook(self._before),
             self.head.register_forward_hook(self._after),
