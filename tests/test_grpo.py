@@ -14,9 +14,11 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from outspoken.trainers.completion_scores import completion_scores
 from outspoken.trainers.config import live_fields
 from outspoken.trainers.grpo import GRPOConfig, GRPOTrainer
-from outspoken.trainers.rollouts.batch import RolloutBatch, pad_ids
+from outspoken.trainers.rollouts.batch import RolloutBatch, pad_ids, sampled_from_ids
+from outspoken.trainers.rollouts.rollout import Rollouts, as_batch
 from outspoken.trainers.rollouts.sampler import RepeatSampler, repeat_stream
 from outspoken.trainers.rollouts.show import print_completions
 from outspoken.trainers.rollouts.transformers_backend import cut_after_eos, eos_token_ids, generate
@@ -120,7 +122,13 @@ def test_live_fields():
     assert live_fields(GRPOConfig).keys() == {
         *("learning_rate", "max_grad_norm", "beta", "epsilon", "epsilon_high", "delta"),
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"),
-        *("scale_rewards", "loss_type", "mask_truncated_completions", "reward_weights"),
+        *("scale_rewards", "loss_type", "mask_truncated_completions", "reward_weights", "kl_estimator"),
+        *("dual_clip", "sapo_temperature_pos", "sapo_temperature_neg", "pass_reward", "dynamic_sampling"),
+        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "dynamic_sampling_max_rounds"),
+        *("top_entropy_quantile", "off_policy_mask_threshold", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+        *("clip_cov_ratio", "clip_cov_min", "clip_cov_max", "kl_cov_ratio", "kl_cov_coef"),
+        *("entropy_coef", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
     }
     assert live_fields(GRPOConfig)["max_completion_length"] == {"minimum": 1, "maximum": 1_000_000, "choices": None}
 
@@ -135,7 +143,7 @@ def test_a_trl_config_is_taken_as_it_is(trainer, tmp_path, caplog):
     ours = trainer(args=theirs).args
     assert isinstance(ours, GRPOConfig)
     assert (ours.num_generations, ours.beta, ours.steps_per_generation, ours.learning_rate) == (2, 0.1, 3, 1e-6)
-    assert "does not know these settings of the GRPOConfig: vllm_server_port" in caplog.text
+    assert ours.vllm_server_port == 9000 and "does not know these settings" not in caplog.text
 
 
 def test_command_line_parsing(tmp_path):
@@ -151,7 +159,8 @@ def test_command_line_parsing(tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"loss_type": "cispo"}, "loss_type is 'cispo'; choose one of 'grpo', 'bnpo', 'dr_grpo', 'dapo'"),
+        ({"loss_type": "ppo"}, "loss_type is 'ppo'; choose one of 'grpo', 'dapo', 'bnpo', 'dr_grpo', 'cispo'"),
+        ({"loss_type": "cispo"}, "loss_type is 'cispo', .* but epsilon_high is unset; set it, to 5.0 as a start"),
         ({"scale_rewards": "sum"}, "scale_rewards is 'sum'; choose one of 'group', 'batch', 'none'"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'; choose one of"),
         ({"multi_objective_aggregation": "max"}, "multi_objective_aggregation is 'max'; choose one of"),
@@ -170,10 +179,29 @@ def test_command_line_parsing(tmp_path):
         ({"temperature": 0.0}, "temperature is 0.0; choose a value between 0.01 and 10.0"),
         ({"max_completion_length": 0}, "max_completion_length is 0; choose a value between 1 and 1000000"),
         ({"beta": -1.0}, "beta is -1.0; choose a value at least 0.0"),
-        ({"top_entropy_quantile": 2.0}, "top_entropy_quantile is 2.0; choose a share"),
-        ({"use_vllm": True}, "use_vllm is True, but .* not supported yet"),
-        ({"sync_ref_model": True}, "sync_ref_model is True, but .* not supported yet"),
-        ({"use_adaptive_entropy": True}, "use_adaptive_entropy is True, but .* not supported yet"),
+        ({"top_entropy_quantile": 2.0}, "top_entropy_quantile is 2.0; choose a value between 0.0 and 1.0"),
+        ({"vllm_mode": "remote"}, "vllm_mode is 'remote'; choose one of 'colocate', 'server'"),
+        ({"sync_ref_model": True}, "sync_ref_model is True, but beta is 0"),
+        ({"advantage_estimator": "gae"}, "advantage_estimator is 'gae'; choose one of 'grpo', 'rloo'"),
+        ({"advantage_estimator": "pass_at_k"}, "pass_at_k is None; choose a k from 1 to 3"),
+        ({"advantage_estimator": "pass_at_k", "pass_at_k": 4}, "pass_at_k is 4; choose a k from 1 to 3"),
+        (
+            {"advantage_estimator": "opo", "multi_objective_aggregation": "normalize_then_sum"},
+            "leave one at its default",
+        ),
+        ({"replay_buffer_size": -1}, "replay_buffer_size is -1; choose 0 or more"),
+        (
+            {"vllm_importance_sampling_clip_min": 3.0, "vllm_importance_sampling_clip_max": 2.0},
+            "vllm_importance_sampling_clip_min is 3.0, but vllm_importance_sampling_clip_max is 2.0",
+        ),
+        (
+            {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None},
+            "but neither vllm_importance_sampling_clip_min nor vllm_importance_sampling_clip_max is set",
+        ),
+        ({"reward_timeout": 0}, "reward_timeout is 0; choose seconds above 0"),
+        ({"reward_on_error": "ignore"}, "reward_on_error is 'ignore'; choose one of 'raise', 'none'"),
+        ({"log_completions_hub_repo": "a/b"}, "log_completions_hub_repo is set, but log_completions is False"),
+        ({"use_vllm": True, "use_transformers_continuous_batching": True}, "set the other to False"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is True, but .* lower per_device_train_batch_size"),
         ({"use_liger_kernel": True}, "use_liger_kernel is True"),
     ],
@@ -191,8 +219,8 @@ def test_wrong_settings(config, settings, words):
         ({"reward_funcs": [1.0]}, TypeError, "`reward_funcs` holds a float"),
         ({"reward_weights": [1.0, 2.0]}, ValueError, "reward_weights has 2 entries for 1 reward functions"),
         ({"reward_processing_classes": [None, None]}, ValueError, "`reward_processing_classes` has 2 entries for 1"),
-        ({"train_dataset": None}, ValueError, "`train_dataset` is missing; pass a datasets.Dataset with a column"),
-        ({"train_dataset": [{"prompt": "x"}]}, TypeError, "`train_dataset` is a list; pass a datasets.Dataset"),
+        ({"train_dataset": None}, ValueError, "`train_dataset` is missing; pass a datasets.Dataset"),
+        ({"train_dataset": [{"prompt": "x"}]}, TypeError, "`train_dataset` must be a datasets.Dataset .*, got list"),
         (
             {"train_dataset": Dataset.from_dict({"question": ["x"]})},
             ValueError,
@@ -203,9 +231,6 @@ def test_wrong_settings(config, settings, words):
             ValueError,
             r"`eval_dataset\['a'\]` has the columns q",
         ),
-        ({"tools": [print]}, ValueError, "`tools` is set, but GRPOTrainer does not support it yet"),
-        ({"rollout_func": print}, ValueError, "`rollout_func` is set, but"),
-        ({"environment_factory": print}, ValueError, "`environment_factory` is set, but"),
         ({"args": "run.yaml"}, TypeError, "`args` must be a GRPOConfig, got str"),
         ({"router_aux_loss_coef": 0.1}, ValueError, "needs a mixture-of-experts model"),
     ],
@@ -310,7 +335,7 @@ def test_sampling_is_trls_for_the_same_seed(trainer, tiny_model_factory, tiny_to
         torch.manual_seed(seed)
         expected, _ = theirs._generate_single_turn(prompt_ids, None, {}, 4)
         torch.manual_seed(seed)
-        assert ours._generate(prompt_ids) == expected
+        assert ours.rollouts.generate(prompt_ids, ours.rollouts.params()).completion_ids == expected
 
 
 def test_padding_does_not_change_what_is_sampled(config, tiny_model_factory, tiny_tokenizer):
@@ -376,11 +401,12 @@ def test_reward_model(trainer, tiny_tokenizer_factory, tmp_path):
     tokenizer.save_pretrained(tmp_path / "judge")
 
     run = trainer([str(tmp_path / "judge"), judge], reward_processing_classes=[None, tokenizer])
-    assert list(run.reward_funcs) == ["judge", "LlamaForSequenceClassification"]
+    assert run.rewards.names == ["judge", "LlamaForSequenceClassification"]
     messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "hello there"}]]
     replies = [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b c"}]]
-    rows = [{"prompt": p} for p in messages]
-    found = run._score(rows, messages, replies, [[1], [2]])
+    found = run.rewards.score(
+        messages, replies, [[1], [2]], {}, trainer_state=run.state, log_extra=print, log_metric=print
+    )
     for row, (prompt, reply) in enumerate(zip(messages, replies)):
         ids = tokenizer.apply_chat_template(prompt + reply, return_tensors="pt", return_dict=True)["input_ids"]
         with torch.no_grad():
@@ -415,15 +441,6 @@ def test_an_error_in_a_reward_function_names_it(trainer):
 
     with pytest.raises(RuntimeError, match="Reward function 'judge' raised ZeroDivisionError"):
         trainer([judge]).train()
-
-
-def test_reward_models_must_give_numbers(trainer):
-    run = trainer([token_sum])
-    run.reward_tokenizers["token_sum"] = None
-    run.reward_funcs["token_sum"] = torch.nn.Identity()
-    run._model_rewards = lambda *_: [1.0, math.nan]
-    with pytest.raises(ValueError, match="Reward function 'token_sum' returned nan for completion 1"):
-        run._score([{"prompt": "a"}] * 2, ["a"] * 2, ["b"] * 2, [[1]] * 2)
 
 
 # Training
@@ -468,7 +485,7 @@ def test_a_resumed_run_is_the_run(trainer, steps_per_generation, gradient_accumu
 
 
 def test_resuming_inside_a_generation_cycle_keeps_its_rhythm(trainer):
-    """Batches are made at micro-batches 0, 4, 8; a run resumed at 6 makes one for the rest of its cycle, then at 8."""
+    """Batches are made at micro-batches 0, 4, 8; a run resumed at 6 has the rest of its cycle, and makes one at 8."""
     settings = {"steps_per_generation": 2, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3}
     settings |= {"gradient_accumulation_steps": 2, "max_steps": 6}
     trainer(**settings).train()
@@ -477,7 +494,7 @@ def test_resuming_inside_a_generation_cycle_keeps_its_rhythm(trainer):
     sample = resumed._sample_and_score
     resumed._sample_and_score = lambda rows: seen.append(resumed._step) or sample(rows)
     resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-3")
-    assert seen == [6, 8]
+    assert seen == [8]
 
 
 def test_training_twice_starts_afresh(trainer):
@@ -498,7 +515,7 @@ def test_evaluation_while_training(trainer):
     )  # fmt: skip
     groups = []
     advantages = run._advantages
-    run._advantages = lambda rewards, size: groups.append((run.model.training, size)) or advantages(rewards, size)
+    run._advantages = lambda *given: groups.append((run.model.training, given[-1])) or advantages(*given)
     run.train()
     assert {*groups} == {(True, 4), (False, 2)}
     evaluations = [entry for entry in run.state.log_history if "eval_one_loss" in entry]
@@ -606,9 +623,12 @@ def test_learned_positions_are_counted_from_the_first_token(trainer, tiny_tokeni
     ).eval()  # fmt: skip
     run = trainer(model=model)
     prompts, completions = [[10, 11, 12, 13, 14], [20]], [[30, 31], [40, 41, 42]]
-    batch = run._batch(prompts, completions, [True, True], temperature=0.7, cap=5)
+    rollouts = Rollouts(
+        [{}, {}], ["", ""], ["", ""], prompts, completions, [True, True], [None] * 2, [None] * 2, [None] * 2
+    )
+    batch = as_batch(run, rollouts, temperature=0.7, cap=5)
     with torch.no_grad():
-        logps = run._token_scores(run.model, batch)[0]
+        logps = completion_scores(run, run.model, batch).logps
         for row, (prompt, completion) in enumerate(zip(prompts, completions)):
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
             expected = logits.log_softmax(-1)[range(len(completion)), completion]
@@ -631,8 +651,8 @@ def test_settings_changed_in_flight_take_effect(trainer):
         per_device_train_batch_size=16, num_generations=16,
     )  # fmt: skip
     batches = []
-    score = run._token_scores
-    run._token_scores = lambda model, batch, **k: batches.append(batch) or score(model, batch, **k)
+    loss = run.compute_loss
+    run.compute_loss = lambda model, batch, **k: batches.append(batch) or loss(model, batch, **k)
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     assert [entry["completions/max_length"] for entry in logs] == [5, 5, 9, 9]
@@ -762,7 +782,7 @@ def test_measurements_are_handed_over(trainer, tiny_tokenizer):
     recorded = Recorded()
     run = trainer([judge], per_device_train_batch_size=8, num_generations=4, callbacks=[recorded], max_steps=2)
     recorded.recorder = run.recorder
-    run._generate = lambda prompt_ids: [next(script) for _ in prompt_ids]
+    run.rollouts.generate = lambda prompt_ids, params, **_: sampled_from_ids([next(script) for _ in prompt_ids], [eos])
     run.train()
     step = recorded.steps[0]
     assert step.signals["num_completions"] == 8 and step.signals["num_prompts"] == 2
@@ -811,9 +831,12 @@ def test_nothing_is_handed_over_in_evaluation(trainer):
 def test_batches_split_and_shuffle_rows_together():
     n = 6
     column = torch.arange(n).unsqueeze(1)
+    ones = torch.ones_like(column)
     batch = RolloutBatch(
-        column, column, column, column, torch.arange(n), torch.tensor(99), 0.7, 5, old_logps=column.float()
-    )
+        prompt_ids=column, prompt_mask=ones, completion_ids=column, completion_mask=ones, loss_mask=ones,
+        advantages=torch.arange(n), active_tokens=torch.tensor(99), temperature=0.7, max_completion_length=5,
+        versions=torch.zeros(n), old_logps=column.float(),
+    )  # fmt: skip
     torch.manual_seed(0)
     shuffled = batch.shuffled()
     assert sorted(shuffled.advantages.tolist()) == list(range(n)) and shuffled.advantages.tolist() != list(range(n))

@@ -12,7 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from outspoken.trainers import grpo
 from outspoken.trainers.grpo import GRPOConfig, GRPOTrainer
+from outspoken.trainers.rollouts.batch import sampled_from_ids
 
 # Not comparable: wall-clock times.
 TIMED = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
@@ -79,21 +81,27 @@ def fast_collection():
 
 
 @pytest.fixture
-def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
+def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
     """`compare(reward_funcs, model=..., peft=..., evaluate=..., **settings)` trains with both and compares."""
     import trl
+
+    # TRL puts every completion through the model; of those that we leave out, a script knows no entropy to log.
+    monkeypatch.setattr(grpo, "needed_rows", lambda advantages, mask: torch.arange(len(mask)))
 
     class ScriptedTRL(trl.GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
             return self.script(prompt_ids), None
 
     class Scripted(GRPOTrainer):
-        def _generate(self, prompt_ids):
-            return self.script(prompt_ids)
+        def train(self):
+            ends = [*self.rollouts.end_ids, self.processing_class.pad_token_id]
+            self.rollouts.generate = lambda prompt_ids, params, **_: sampled_from_ids(self.script(prompt_ids), ends)
+            return super().train()
 
     def run(trainer_class, config_class, reward_funcs, model, prompts, peft, evaluate, settings):
         name = config_class.__module__.split(".")[0]
-        extra = {"diagnose": False} if name == "outspoken" else {}
+        # TRL draws the order of single completions; ours keeps those of a prompt together to share it.
+        extra = {"diagnose": False, "share_prompts": False} if name == "outspoken" else {}
         args = config_class(
             str(tmp_path / name),
             **{

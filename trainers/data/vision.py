@@ -24,7 +24,7 @@ from outspoken.trainers.logprobs import IGNORE_INDEX
 IMAGE_COLUMNS = ("image", "images")
 
 # What processors return for each token, beside `input_ids` and `attention_mask`: which tokens stand for an image.
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass
@@ -225,7 +225,7 @@ def process(processor: Any, texts: list[str], images: list[list[Any]] | None = N
 def token_rows(processed: Mapping[str, Any], *more: str) -> dict[str, list[Tensor]]:
     """What there is for each token, as B rows without padding."""
     present = processed["attention_mask"].bool()
-    names = [name for name in ("input_ids", "attention_mask", *_TOKEN_TYPES, *more) if name in processed]
+    names = [name for name in ("input_ids", "attention_mask", *TOKEN_TYPES, *more) if name in processed]
     return {name: [row[mask] for row, mask in zip(torch.as_tensor(processed[name]), present)] for name in names}
 
 
@@ -275,7 +275,7 @@ def cut_and_pad(
 
 def image_inputs(processed: Mapping[str, Any]) -> dict[str, Any]:
     """What the model gets of the images."""
-    of_tokens = ("input_ids", "attention_mask", "assistant_masks", *_TOKEN_TYPES)
+    of_tokens = ("input_ids", "attention_mask", "assistant_masks", *TOKEN_TYPES)
     return {name: value for name, value in processed.items() if name not in of_tokens}
 
 

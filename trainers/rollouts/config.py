@@ -7,7 +7,6 @@ from outspoken.trainers.config import OutspokenConfig, live_field, live_fields
 from outspoken.trainers.setup import parse_pad_to_multiple_of
 
 VLLM_MODES = ("colocate", "server")
-SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 @dataclass
@@ -91,7 +90,9 @@ class SamplingConfig(OutspokenConfig):
         default="colocate",
         metadata={"help": "'colocate': inside the training processes. 'server': by a running `outspoken vllm-serve`."},
     )
-    vllm_model_impl: str = field(default="vllm", metadata={"help": "Model code that vLLM runs: 'vllm', 'transformers'."})
+    vllm_model_impl: str = field(
+        default="vllm", metadata={"help": "Model code that vLLM runs: 'vllm', 'transformers'."}
+    )
     vllm_enable_sleep_mode: bool = field(
         default=False, metadata={"help": "Colocated vLLM frees its memory while the model trains."}
     )

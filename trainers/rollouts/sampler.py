@@ -1,10 +1,15 @@
-"""In which order prompts are drawn for group-relative methods."""
+"""In which order prompts are drawn for group-relative methods, and the data loaders that do it.
 
+The training loader yields a whole generation batch for every micro-batch; a trainer samples from the first of each
+`steps_per_generation * num_iterations`, and serves the others from what was sampled.
+"""
+
+import math
 from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 
 
@@ -71,3 +76,63 @@ def repeat_stream(
         return {name: [values[index] for index in order] for name, values in rows.items()}
 
     return dataset.map(repeated, batched=True, batch_size=prompts_per_batch, drop_last_batch=True)
+
+
+def train_repeats(args: Any) -> dict[str, int]:
+    """How `RepeatSampler` and `repeat_stream` repeat prompts for a `GroupConfig`."""
+    return {
+        "group_size": args.num_generations,
+        "prompts_per_batch": args.generation_batch_size // args.num_generations,
+        "repeats": args.num_iterations * args.steps_per_generation,
+    }
+
+
+def train_sampler(trainer: Any, dataset: Dataset) -> RepeatSampler:
+    """The order of a training set that is no stream."""
+    args = trainer.args
+    return RepeatSampler(dataset, **train_repeats(args), shuffle=args.shuffle_dataset, seed=args.seed)
+
+
+def train_dataloader(trainer: Any) -> Any:
+    """The loader of generation batches."""
+    dataset, args = trainer.train_dataset, trainer.args
+    if isinstance(dataset, IterableDataset):
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        dataset = repeat_stream(dataset, **train_repeats(args))
+    return trainer._get_dataloader(
+        dataset=dataset,
+        description="Training",
+        batch_size=trainer._train_batch_size * args.steps_per_generation,
+        sampler_fn=trainer._get_train_sampler,
+        is_training=True,
+    )
+
+
+def eval_stream(trainer: Any, eval_dataset: Any, group_size: int) -> Any:
+    """What `Trainer.get_eval_dataloader` is to get for an evaluation set: of a stream, each row `group_size` times."""
+    dataset = trainer.eval_dataset if eval_dataset is None else eval_dataset
+    if isinstance(dataset, str):
+        dataset = trainer.eval_dataset[dataset]
+    if not isinstance(dataset, IterableDataset):
+        return eval_dataset
+    return repeat_stream(dataset.shuffle(seed=trainer.args.seed), group_size=group_size)
+
+
+def micro_batches_before(trainer: Any) -> int:
+    """Micro-batches up to the step that a checkpoint resumes from, so that generation keeps its rhythm."""
+    accumulation, step = trainer.args.gradient_accumulation_steps, trainer.state.global_step
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return step * accumulation
+    per_epoch = len(trainer.callback_handler.train_dataloader)
+    epochs, steps = divmod(step, math.ceil(per_epoch / accumulation))
+    return epochs * per_epoch + steps * accumulation
+
+
+def more_prompts(size: int, count: int, seed: int, batch: int, attempt: int) -> list[int]:
+    """`count` row numbers out of `size`, the same on all processes and after a resume: those that generation batch
+    number `batch` draws in addition at its `attempt`-th try. None twice, unless there are fewer rows.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + batch) * 101 + attempt)
+    rounds = -(-count // size)
+    return torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])[:count].tolist()

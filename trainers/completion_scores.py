@@ -1,0 +1,128 @@
+"""Log-probabilities of sampled completions under a model, prompts of a group computed once where that pays.
+
+Axes: `N` completions, `P` prompt tokens, `T` completion tokens.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+from outspoken.trainers.data.vision import TOKEN_TYPES
+from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores
+from outspoken.trainers.rollouts.batch import RolloutBatch
+
+
+class CompletionScores(NamedTuple):
+    """Of each completion token, (N, T): log-probability; entropy in nats, or None; and the load-balancing loss of a
+    mixture of experts, a scalar, or None."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    aux_loss: Tensor | None
+
+
+def completion_scores(
+    trainer: Any,
+    model: nn.Module,
+    batch: RolloutBatch,
+    *,
+    want: tuple[str, ...] = (),
+    entropy_grad: bool = False,
+    aux_loss: bool = False,
+) -> CompletionScores:
+    """Score the completions of a batch at the temperature they were sampled at.
+
+    Args:
+        trainer: it has `accelerator` and `args`, and `_takes_position_ids` says what its model takes.
+        model: the policy or the reference, possibly wrapped.
+        want: ("entropy",) for the entropies.
+        entropy_grad: whether gradients flow through them.
+        aux_loss: whether to return the load-balancing loss.
+    """
+    inner = trainer.accelerator.unwrap_model(model)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
+    length = batch.completion_ids.size(1)
+    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
+    labels[:, :-length] = IGNORE_INDEX
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **images_of(batch)}
+    if trainer._takes_position_ids and batch.images is None:
+        # Counted from the first real token, as in sampling; learned positions would be off by the padding.
+        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if aux_loss:
+        inputs["output_router_logits"] = True
+    with trainer.accelerator.autocast():
+        scores, output = label_scores(
+            model,
+            inputs,
+            labels,
+            unwrapped=inner,
+            temperature=batch.temperature,
+            want=want,
+            entropy_grad=entropy_grad,
+            fp32_head=getattr(trainer.args, "cast_lm_head_to_fp32", False),
+        )
+    entropy = None if scores.entropy is None else scores.entropy[:, -length:]
+    return CompletionScores(scores.logps[:, -length:], entropy, output["aux_loss"] if aux_loss else None)
+
+
+def logps_without_grad(trainer: Any, model: nn.Module, batch: RolloutBatch) -> Tensor:
+    """Log-probabilities (N, T) under the model without dropout, a micro-batch at a time."""
+    args = trainer.args
+    size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                completion_scores(trainer, model, batch.select(slice(start, start + size))).logps
+                for start in range(0, len(batch), size)
+            ]
+    finally:
+        model.train(was_training)
+    return torch.cat(parts)
+
+
+def needed_rows(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Which completions give the policy loss a gradient: those with an advantage and with a token in the loss.
+
+    Never none, so that every process has a backward pass.
+
+    Args:
+        advantages: (N,) or (N, T). mask: (N, T), 1 on tokens in the loss.
+    """
+    of_tokens = advantages if advantages.ndim == 2 else advantages.unsqueeze(1)
+    rows = ((of_tokens != 0) & mask.bool()).any(1).nonzero().flatten()
+    return rows if len(rows) else rows.new_zeros(1)
+
+
+def images_of(batch: RolloutBatch) -> dict[str, Tensor]:
+    """What the model takes of the images of a batch: one after the other; per token, behind each other in the rows."""
+    if batch.images is None:
+        return {}
+    joined = {}
+    for name in dict.fromkeys(name for row in batch.images for name in row):
+        parts = [row[name] for row in batch.images if name in row]
+        if name in TOKEN_TYPES:
+            tokens = torch.zeros_like(torch.cat([batch.prompt_ids, batch.completion_ids], dim=1))
+            width = batch.prompt_ids.size(1)
+            for row, of_row in zip(tokens, batch.images):
+                types = of_row.get(name)
+                if types is not None and len(types):
+                    row[width - len(types) : width] = types
+            joined[name] = tokens
+        else:
+            joined[name] = torch.cat(parts)
+    return joined
+
+
+def takes_position_ids(model: Any) -> bool:
+    """Whether a causal language model, possibly with an adapter, can be told the positions of its tokens."""
+    if is_peft_model(model):
+        if model.active_peft_config.is_prompt_learning:
+            return False
+        model = model.get_base_model()
+    return "position_ids" in inspect.signature(model.forward).parameters

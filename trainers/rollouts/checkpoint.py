@@ -1,0 +1,104 @@
+"""What a trainer that samples holds between steps, kept with its checkpoints: so a resumed run goes on as it was."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from outspoken.trainers.rollouts.batch import RolloutBatch
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutError(RuntimeError):
+    """Sampling or scoring failed, on all processes alike: the weights are those of the last finished update step."""
+
+
+@contextlib.contextmanager
+def saved_on_failure(trainer: Any) -> Iterator[None]:
+    """Leave a checkpoint of the last finished update step behind when sampling or scoring fails for good."""
+    try:
+        yield
+    except RolloutError as error:
+        step = trainer.state.global_step
+        if step > 0 and not os.path.isdir(_folder(trainer, None)):
+            trainer._save_checkpoint(trainer.model, None)
+        if step > 0:
+            error.add_note(f"The run is saved up to step {step} in {_folder(trainer, None)}; train() resumes from it.")
+        raise
+
+
+def save(trainer: Any, state: dict[str, Any], trial: Any) -> None:
+    """Write this process's state into the checkpoint that the trainer has just written."""
+    save_state(_folder(trainer, trial), trainer.accelerator.process_index, state)
+
+
+def load(trainer: Any, folder: str | None) -> dict[str, Any] | None:
+    """This process's state from a checkpoint; None without one, or where there is no state in it."""
+    return None if folder is None else load_state(folder, trainer.accelerator.process_index)
+
+
+def _folder(trainer: Any, trial: Any) -> str:
+    return os.path.join(trainer._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+
+
+def _path(folder: str, process: int) -> str:
+    return os.path.join(folder, f"rollouts_{process}.pt")
+
+
+def save_state(folder: str, process: int, state: dict[str, Any]) -> None:
+    """Write a process's state: numbers, texts, tensors, `RolloutBatch`es, and lists and dicts of them.
+
+    A file that cannot be written is told of, and does not end the run: it costs a resumed run the rest of one
+    generation batch.
+    """
+    path = _path(folder, process)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        torch.save(_plain(state), f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        logger.warning(f"{path} cannot be written ({error}); a run resumed from it samples its first batch anew.")
+
+
+def load_state(folder: str, process: int) -> dict[str, Any] | None:
+    """What `save_state` wrote, on the CPU; None if there is nothing that can be read. Nothing in it is executed."""
+    path = _path(folder, process)
+    if not os.path.exists(path):
+        return None
+    try:
+        return _rich(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        logger.warning(f"{path} cannot be read ({type(error).__name__}); the first batch is sampled anew.")
+        return None
+
+
+_BATCH = "__rollout_batch__"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, RolloutBatch):
+        return {_BATCH: {f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()  # a slice would be saved with the whole it is cut from
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _rich(value: Any) -> Any:
+    if isinstance(value, dict):
+        if _BATCH in value:
+            return RolloutBatch(**{name: _rich(item) for name, item in value[_BATCH].items()})
+        return {key: _rich(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rich(item) for item in value]
+    return value
