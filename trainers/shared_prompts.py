@@ -30,6 +30,8 @@ MAX_COST_SHARE = 0.9
 # Tokens of context, in hidden sizes, from which on a token costs more in attention than in all else.
 ATTENTION_HIDDEN_SIZES = 4
 
+# Layers that carry nothing from token to token but by attention.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _SHARED_KEYS = {"input_ids", "attention_mask", "completion_mask"}
 # What configs call the number of tokens that attention reaches back.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
@@ -38,7 +40,7 @@ _CHOSEN, _REJECTED, _PADDING = 1, 2, 3  # parts of a shared row, beside 0 for wh
 
 @dataclass
 class AnswerBatch:
-    """A batch for the model, and where in its scores every answer lies: the same for both ways to lay out a pair.
+    """A batch for the model, and where in its scores every answer lies: the same for all ways to lay out the answers.
 
     Attributes:
         inputs: keyword arguments of the model's forward, without labels.
@@ -230,7 +232,7 @@ def merge_rows(
     return {"input_ids": merged, "position_ids": source}, source, part
 
 
-def attention_mask(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def attention_mask(part: Tensor, dtype: torch.dtype | None = None, near: Tensor | None = None) -> Tensor:
     """Who sees whom in shared rows: (B, 1, T, T), True (or 0) where the token of a row sees that of a column.
 
     A token sees what stands before it in the common part and in its own branch, and itself, padding included: so no
@@ -239,10 +241,14 @@ def attention_mask(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Args:
         part: (B, T), from `merge_rows`.
         dtype: of a mask that is added to the attention's logits; None for a boolean one.
+        near: (B, T, T), what else has to be True; unset: nothing.
     """
     position = torch.arange(part.size(1), device=part.device)
     sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-    sees = (sees & (position[:, None] >= position)).unsqueeze(1)
+    sees &= position[:, None] >= position
+    if near is not None:
+        sees &= near
+    sees = sees.unsqueeze(1)
     if dtype is None:
         return sees
     return torch.zeros(sees.shape, dtype=dtype, device=part.device).masked_fill(~sees, torch.finfo(dtype).min)
@@ -250,7 +256,7 @@ def attention_mask(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def mask_dtype_of(model: Any) -> torch.dtype | None:
     """What attention mask the model takes: None for a boolean one (sdpa), else the dtype of one to be added (eager)."""
-    return None if _attention(model) == "sdpa" else model.dtype
+    return None if attention_of(model) == "sdpa" else model.dtype
 
 
 def _scored(inputs: Mapping[str, Any]) -> Tensor:
@@ -296,10 +302,18 @@ def why_not_shared(model: Any, max_length: int | None = None) -> str | None:
         model: a `PreTrainedModel` or `PeftModel`, not wrapped for distributed training.
         max_length: longest row that will come, against which attention windows are held; None for any.
     """
-    return _why_not_by_config(model, max_length) or (None if _sharded(model) else _why_not_by_trial(model))
+    why_not = why_not_by_config(model, ("sdpa", "eager"))
+    if why_not is None and (windows := attention_windows(model)) and (max_length is None or max_length > min(windows)):
+        why_not = f"its attention reaches back {min(windows)} tokens only, and rows may be longer"
+    return why_not or (None if is_sharded(model) else _why_not_by_trial(model))
 
 
-def _why_not_by_config(model: Any, max_length: int | None) -> str | None:
+def why_not_by_config(model: Any, attentions: tuple[str, ...]) -> str | None:
+    """Why the config says that this model takes no rows of which a token sees a part only; None if it does not.
+
+    Args:
+        attentions: the attention implementations for which there is a mask.
+    """
     base = model.get_base_model() if is_peft_model(model) else model
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         return "the adapter puts virtual tokens in front"
@@ -308,23 +322,25 @@ def _why_not_by_config(model: Any, max_length: int | None) -> str | None:
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return f"{type(base).__name__} takes no position ids"
     config = model.config.get_text_config()
-    if _attention(model) not in ("sdpa", "eager"):
-        return f"the attention {_attention(model)!r} takes no mask of pairs of tokens; 'sdpa' and 'eager' do"
+    if attention_of(model) not in attentions:
+        return f"the attention {attention_of(model)!r} takes no mask of pairs of tokens; 'sdpa' and 'eager' do"
     if getattr(config, "output_router_logits", False):
         return "the router's loss counts every token of the batch"
-    kinds = {*(getattr(config, "layer_types", None) or ())}
-    other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    other = {*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS
     if other:
         return f"it has layers of the kind {min(other)!r}"
-    windows = []
-    if kinds != {"full_attention"} and getattr(config, "use_sliding_window", True) is not False:
-        windows = [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
-    if windows and (max_length is None or max_length > min(windows)):
-        return f"its attention reaches back {min(windows)} tokens only, and rows may be longer"
     return None
 
 
-@torch.no_grad()
+def attention_windows(model: Any) -> list[int]:
+    """How many tokens the model's attention reaches back, where it does not see all; empty if it does."""
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    if kinds == {"full_attention"} or getattr(config, "use_sliding_window", True) is False:
+        return []
+    return [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
+
+
 def _why_not_by_trial(model: Any) -> str | None:
     """Compare the last hidden states of tokens in rows of their own and in a shared row."""
     embeddings = model.get_input_embeddings()
@@ -339,35 +355,66 @@ def _why_not_by_trial(model: Any) -> str | None:
     inputs = {key: value.to(embeddings.weight.device) for key, value in inputs.items()}
     plain, shared = plain_batch(inputs), shared_batch(inputs, 0, mask_dtype=mask_dtype_of(model))
     assert shared is not None
+    return why_not_equal(model, plain, shared)
+
+
+def why_not_equal(model: Any, plain: AnswerBatch, other: AnswerBatch, *, gradients: bool = False) -> str | None:
+    """How the model's last hidden states differ between two layouts of the same few tokens, in a phrase; None if not.
+
+    Args:
+        gradients: whether also the gradients that reach the embeddings are compared.
+    """
     training = model.training
     model.eval()
     try:
-        hidden = [
-            model(**batch.inputs, use_cache=False, output_hidden_states=True)
-            .hidden_states[-1][:, :-1]
-            .float()[batch.rows, batch.columns][batch.mask]
-            for batch in (plain, shared)
-        ]
+        with torch.set_grad_enabled(gradients):
+            tokens = plain.inputs["input_ids"].unique()
+            found = [_trace(model, batch, tokens if gradients else None) for batch in (plain, other)]
     except Exception as error:  # whatever a model of someone else's does with a mask it was not made for
         return f"it fails on a mask of pairs of tokens ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
     finally:
         model.train(training)
-    # The mean forgives one token that a router sends elsewhere for a rounding error.
-    difference = (hidden[0] - hidden[1]).norm(dim=-1).mean() / hidden[0].norm(dim=-1).mean()
     precise = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    # A wrong mask or position makes 0.1 or more in trained models, rounding 1e-6 in float32 (1e-3 where an accelerator
-    # multiplies in TF32) and 1e-2 in bfloat16.
-    tolerance = 5e-2 if not precise else 1e-4 if difference.device.type == "cpu" else 3e-3
-    if not difference <= tolerance:
-        return f"its hidden states would differ by {difference:.1e} of their size"
+    for name, one, two in zip(("hidden states", "gradients"), *found):
+        # The mean forgives one token that a router sends elsewhere for a rounding error.
+        difference = (one - two).norm(dim=-1).mean() / one.norm(dim=-1).mean()
+        # A wrong mask or position makes 0.1 or more in trained models, rounding 1e-6 in float32 (1e-3 where an
+        # accelerator multiplies in TF32) and 1e-2 in bfloat16.
+        tolerance = 5e-2 if not precise else 1e-4 if difference.device.type == "cpu" else 3e-3
+        if not difference <= tolerance:
+            return f"its {name} would differ by {difference:.1e} of their size"
     return None
 
 
-def _attention(model: Any) -> str:
+def _trace(model: Any, batch: AnswerBatch, tokens: Tensor | None) -> list[Tensor]:
+    """Last hidden states that score the answers; and how their sum, weighted at random, changes with the embeddings of
+    these tokens, (number of tokens, H)."""
+    embeddings: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_(tokens is not None))
+        return embeddings[-1].clone()  # some models scale their embeddings in place
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        hidden = model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states[-1][:, :-1]
+    finally:
+        handle.remove()
+    states = hidden.float()[batch.rows, batch.columns][batch.mask]
+    if tokens is None:
+        return [states]
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
+    (gradient,) = torch.autograd.grad((states * weights).sum(), embeddings[0])
+    changes = torch.zeros(len(tokens), gradient.size(-1), device=gradient.device)
+    number = torch.searchsorted(tokens, batch.inputs["input_ids"]).flatten()
+    return [states.detach(), changes.index_add(0, number, gradient.float().flatten(0, 1))]
+
+
+def attention_of(model: Any) -> str:
     return getattr(model.config.get_text_config(), "_attn_implementation", None) or "eager"
 
 
-def _sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds a part of the weights only (ZeRO-3, FSDP, tensor parallelism), or none yet."""
     return any(
         p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") or type(p).__name__ == "DTensor" for p in model.parameters()
