@@ -411,7 +411,7 @@ def ready_made_rewards() -> dict[str, Callable[..., Any]]:
     return {
         name: value
         for name, value in vars(rewards).items()
-        if name.endswith("_reward") and callable(value) and not name.startswith("_")
+        if name.endswith("_reward") and callable(value) and not name.startswith(("_", "get_"))
     }
 
 

@@ -286,7 +286,7 @@ def test_reward_functions_by_name_module_and_file(tmp_path, monkeypatch):
     "name, said",
     [
         ("exact_match", "did you mean 'exact_match_reward'?"),
-        ("nothing", "ready-made are exact_match_reward"),
+        ("nothing", "ready-made are accuracy_reward"),
         ("no.such.module", "'no.such' cannot be imported: ModuleNotFoundError"),
         ("math.squirt", "'squirt' does not exist there; did you mean 'sqrt'?"),
         ("math.pi", "'pi' is no function there"),
@@ -389,7 +389,7 @@ def test_training_that_fails_exits_with_one(cli, data, tiny_model_dir):
         ({"dataset_path": "{tmp}/bad.jsonl"}, "cannot be loaded: "),
         ({"dataset_name": "some/name"}, "either dataset_name or dataset_path"),
         ({"dataset_split": "tst"}, "dataset_split is 'tst', but"),
-        ({"reward_funcs": None}, "run.yaml: no reward is named; give reward_funcs (exact_match_reward"),
+        ({"reward_funcs": None}, "run.yaml: no reward is named; give reward_funcs (accuracy_reward"),
         ({"reward_funcs": "exact_mach_reward"}, "did you mean 'exact_match_reward'?"),
         ({"model_name_or_path": "/nowhere/model"}, "model_name_or_path '/nowhere/model' does not exist."),
         ({"model_name_or_path": "no-such-model-here"}, "no-such-model-here"),

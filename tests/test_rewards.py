@@ -162,7 +162,7 @@ def test_soft_overlong_punishment():
     punish = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
     ids = [[1] * length for length in (0, 80, 81, 90, 100, 101)]
     assert punish(completion_ids=ids) == pytest.approx([0, 0, -0.05, -0.5, -1, -1])
-    assert callable_name(punish) == "soft_overlong_punishment"
+    assert callable_name(punish) == "soft_overlong_punishment_reward"
     hard = get_soft_overlong_punishment(max_completion_len=2, soft_punish_cache=0)
     assert hard(completion_ids=ids[:2]) == [0, -1]
     with pytest.raises(ValueError, match="soft_punish_cache is 101; choose it between 0 and max_completion_len"):

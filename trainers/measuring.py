@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,28 @@ def sum_over_processes(
     local = torch.stack([torch.as_tensor(v, device=device).detach().to(dtype).reshape(()) for v in values.values()])
     gathered: Any = accelerator.gather(local)
     return dict(zip(values, gathered.view(-1, len(values)).sum(0).tolist()))
+
+
+def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raise on every process if one of them has an error; do nothing if none has.
+
+    A process that raised alone would leave the others waiting for it. Every process has to call this. Where the error
+    happened it is raised as it is; the others name the process and the error.
+
+    Raises:
+        Exception: the error of this process.
+        RuntimeError: an error of another process.
+    """
+    if accelerator.num_processes > 1:
+        failed: Any = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
+        if failed.any():
+            told = None if error is None else f"{type(error).__name__}: {str(error)[:2000]}"
+            texts = gather_object([told])
+            if error is None:
+                rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+                raise RuntimeError(f"Process {rank} failed, so this one stops too. There: {text}")
+    if error is not None:
+        raise error
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
