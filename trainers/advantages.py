@@ -1,11 +1,11 @@
-"""From rewards to advantages, relative to the group of completions sampled from the same prompt.
+"""From rewards to advantages: how much better a completion is than others of the same prompt, or of the batch.
 
 Axes: `B` prompts (groups), `G` completions a group, `N = B * G`, `K` reward functions, `T` completion tokens. The
 completions of a group stand next to each other. A reward of NaN means "this function does not apply to this
-completion"; a completion to which none applies is not scorable: it stays out of every mean and gets advantage 0, as
-does a completion without another scorable one to compare it with.
+completion"; a completion to which none applies is not scorable: it stays out of every mean and gets advantage 0. A
+method that compares within the group alone gives 0 to a completion that is the only scorable one.
 
-Means over the batch are over what the functions are given: all processes' completions, gathered.
+Means over the batch are over what a function is given: the completions of all processes, gathered.
 """
 
 import math
@@ -97,7 +97,7 @@ def rloo(rewards: Tensor, group_size: int, normalize: bool = False) -> Tensor:
     Args:
         rewards: (N,); in the paper less `beta` times the sum of the completion's `log pi_theta - log pi_ref`.
     """
-    groups = rewards.view(-1, group_size)
+    groups = rewards.reshape(-1, group_size)
     others = (~torch.isnan(groups)).sum(dim=1, keepdim=True) - 1
     baseline = (groups.nansum(dim=1, keepdim=True) - groups) / others  # 0 / 0 for a lone scorable one
     advantages = (groups - baseline).flatten()
@@ -166,7 +166,7 @@ def reinforce_plus_plus_baseline(rewards: Tensor, group_size: int, lengths: Tens
         lengths: (N,), masked-in tokens of each completion; the statistics count a completion so many times, as it has
             its advantage on each token. None: once.
     """
-    groups = rewards.view(-1, group_size)
+    groups = rewards.reshape(-1, group_size)
     centred = (groups - torch.nanmean(groups, dim=1, keepdim=True)).flatten()
     weights = torch.ones_like(centred) if lengths is None else lengths.to(centred.dtype)
     weights = weights.masked_fill(torch.isnan(centred), 0.0)
@@ -184,8 +184,8 @@ def opo(rewards: Tensor, lengths: Tensor, group_size: int) -> Tensor:
     Args:
         lengths: (N,), masked-in tokens of each completion.
     """
-    groups = rewards.view(-1, group_size)
-    weights = lengths.to(groups.dtype).view_as(groups).masked_fill(torch.isnan(groups), 0.0)
+    groups = rewards.reshape(-1, group_size)
+    weights = lengths.to(groups.dtype).reshape(groups.shape).masked_fill(torch.isnan(groups), 0.0)
     baseline = (weights * groups).nansum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
     return _known((groups - baseline).flatten())
 
@@ -216,7 +216,7 @@ def best_of_group(rewards: Tensor, group_size: int) -> Tensor:
     `max_j r_j - max_{j != i} r_j`, i.e. the leave-one-out gradient of pass@G (arXiv 2503.19595). 0 for all where two
     are best.
     """
-    groups = rewards.view(-1, group_size)
+    groups = rewards.reshape(-1, group_size)
     advantages = torch.zeros_like(groups)
     if group_size > 1:
         top = groups.masked_fill(torch.isnan(groups), -math.inf).topk(2, dim=1)
@@ -242,7 +242,7 @@ def pass_at_k(rewards: Tensor, group_size: int, k: int, passed: float = 1.0) -> 
     """
     if k < 1:
         raise ValueError(f"k is {k}; choose at least 1 completion for pass@k.")
-    groups = rewards.view(-1, group_size)
+    groups = rewards.reshape(-1, group_size)
     scorable = ~torch.isnan(groups)
     failed = scorable & (groups < passed)
     values = [_pass_at_k(n, m, k) for n, m in zip(scorable.sum(1).tolist(), failed.sum(1).tolist())]
@@ -265,7 +265,7 @@ def _pass_at_k(n: int, m: int, k: int) -> tuple[float, float]:
 
 def group_std(rewards: Tensor, group_size: int) -> Tensor:
     """Bessel-corrected std of each group's scorable rewards, (B,); 0 where fewer than two are."""
-    return nan_std(rewards.view(-1, group_size), dim=1).nan_to_num(nan=0.0)
+    return nan_std(rewards.reshape(-1, group_size), dim=1).nan_to_num(nan=0.0)
 
 
 def zero_variance_groups(rewards: Tensor, group_size: int) -> Tensor:
@@ -274,7 +274,7 @@ def zero_variance_groups(rewards: Tensor, group_size: int) -> Tensor:
     Judged on the rewards themselves, whatever advantages are divided by. Rewards that differ by rounding (1e-6 of the
     largest) are equal. With several functions, (N, K), each has to be without spread.
     """
-    groups = rewards.view(-1, group_size, *rewards.shape[1:])
+    groups = rewards.reshape(-1, group_size, *rewards.shape[1:])
     unknown = torch.isnan(groups)
     highest = groups.masked_fill(unknown, -math.inf).amax(dim=1)
     lowest = groups.masked_fill(unknown, math.inf).amin(dim=1)
@@ -315,7 +315,7 @@ def informative_score(advantages: Tensor, std: Tensor, group_size: int) -> Tenso
         advantages: (N,).
         std: (B,), of the rewards within each group (`group_std`).
     """
-    return advantages.view(-1, group_size).abs().sum(dim=1) * std.nan_to_num(nan=0.0)
+    return advantages.reshape(-1, group_size).abs().sum(dim=1) * std.nan_to_num(nan=0.0)
 
 
 def _known(advantages: Tensor) -> Tensor:

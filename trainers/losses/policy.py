@@ -85,7 +85,7 @@ def cispo(ratio: Tensor, logps: Tensor, advantages: Tensor, epsilon_high: float)
     """`-sg[min(rho, eps_high)] A log pi`, (N, T): the weight is capped, no token loses its gradient (CISPO, arXiv
     2506.13585).
 
-    `epsilon_high` is the cap itself (as in ScaleRL, arXiv 2510.13786, which takes 4 to 8), not its distance from 1: a
+    `epsilon_high` is the cap itself (as in ScaleRL, arXiv 2510.13786, which takes 5), not its distance from 1: a
     cap below 1 only scales every gradient down.
     """
     return -ratio.detach().clamp(max=epsilon_high) * advantages * logps
@@ -188,7 +188,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": 
 
 def unbiased_kl(kl: Tensor, ratio: Tensor) -> Tensor:
     """`rho k`: for k1 and k3 unbiased in value and gradient, also for tokens of an earlier policy (DeepSeek-V3.2, arXiv
-    2512.02556, eq. 7). The ratio keeps its gradient.
+    2512.02556). The ratio keeps its gradient.
     """
     return kl * ratio
 
@@ -398,7 +398,7 @@ def adaptive_entropy_coef(
     coef: float, entropy: float, target: float, delta: float, minimum: float, maximum: float
 ) -> float:
     """The coefficient of the entropy bonus for the next step: `delta` higher where the entropy is at most the target,
-    `delta` lower elsewhere, within the bounds (Skywork-OR1, arXiv 2505.22312, section 3.2.4). NaN changes nothing.
+    `delta` lower elsewhere, within the bounds (Skywork-OR1, arXiv 2505.22312). NaN changes nothing.
     """
     if math.isnan(entropy):
         return coef
