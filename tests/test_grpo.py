@@ -724,13 +724,15 @@ def test_conversations_are_written(trainer):
     assert table["prompt"][0][0]["role"] == "user" and table["completion"][0][0]["role"] == "assistant"
 
 
-def test_extra_columns_must_fit(trainer):
+def test_extra_columns_that_do_not_fit_are_left_out(trainer, caplog):
     def judge(completions, log_extra, **_):
         log_extra("note", ["one"])
         return [1.0] * len(completions)
 
-    with pytest.raises(ValueError, match=r"log_extra\('note'\) got 1 values for 4 completions"):
-        trainer([judge]).train()
+    run = trainer([judge], log_completions=True, max_steps=1)
+    run.train()
+    assert "'judge' logged 1 values in the column 'note' for 4 completions; they are left out" in caplog.text
+    assert "note" not in pd.read_parquet(f"{run.args.output_dir}/completions/completions_00001.parquet")
 
 
 def test_completions_go_to_wandb(trainer, monkeypatch):

@@ -4,6 +4,7 @@ Axes: `N` completions, `P` prompt tokens, `T` completion tokens.
 """
 
 import inspect
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,17 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from outspoken.trainers.data.vision import TOKEN_TYPES
+from outspoken.trainers.group_prompts import (
+    grouped_completions,
+    grouping_settings,
+    plain_completions,
+    why_not_grouped,
+)
 from outspoken.trainers.logprobs import IGNORE_INDEX, label_scores
 from outspoken.trainers.rollouts.batch import RolloutBatch
+from outspoken.trainers.shared_prompts import AnswerBatch
+
+logger = logging.getLogger(__name__)
 
 
 class CompletionScores(NamedTuple):
@@ -36,37 +46,81 @@ def completion_scores(
     """Score the completions of a batch at the temperature they were sampled at.
 
     Args:
-        trainer: it has `accelerator` and `args`, and `_takes_position_ids` says what its model takes.
+        trainer: it has `accelerator`, `args` and `rollouts`, and `prepare_scoring` has seen it.
         model: the policy or the reference, possibly wrapped.
         want: ("entropy",) for the entropies.
         entropy_grad: whether gradients flow through them.
         aux_loss: whether to return the load-balancing loss.
     """
     inner = trainer.accelerator.unwrap_model(model)
-    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
-    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-    length = batch.completion_ids.size(1)
-    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
-    labels[:, :-length] = IGNORE_INDEX
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **images_of(batch)}
-    if trainer._takes_position_ids and batch.images is None:
-        # Counted from the first real token, as in sampling; learned positions would be off by the padding.
-        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    laid_out = _lay_out(trainer, batch)
+    inputs = {**laid_out.inputs, "use_cache": False}
     if aux_loss:
         inputs["output_router_logits"] = True
     with trainer.accelerator.autocast():
         scores, output = label_scores(
             model,
             inputs,
-            labels,
+            laid_out.labels,
             unwrapped=inner,
             temperature=batch.temperature,
             want=want,
             entropy_grad=entropy_grad,
             fp32_head=getattr(trainer.args, "cast_lm_head_to_fp32", False),
         )
-    entropy = None if scores.entropy is None else scores.entropy[:, -length:]
-    return CompletionScores(scores.logps[:, -length:], entropy, output["aux_loss"] if aux_loss else None)
+    entropy = None if scores.entropy is None else laid_out.take(scores.entropy)
+    return CompletionScores(laid_out.take(scores.logps), entropy, output["aux_loss"] if aux_loss else None)
+
+
+def _lay_out(trainer: Any, batch: RolloutBatch) -> AnswerBatch:
+    prompts_and_completions = batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask
+    if batch.images is not None:
+        return _with_images(batch)
+    laid_out = None
+    if trainer._grouping is not None and trainer.args.share_prompts:
+        laid_out = grouped_completions(
+            *prompts_and_completions,
+            trainer.rollouts.tokenizer.pad_token_id,
+            scored=batch.loss_mask,
+            **trainer._grouping,
+        )
+    return laid_out or plain_completions(
+        *prompts_and_completions, position_ids=trainer._takes_position_ids, scored=batch.loss_mask
+    )
+
+
+def _with_images(batch: RolloutBatch) -> AnswerBatch:
+    """Rows as they are, padded on the left: where an image's tokens stand decides what the model puts there."""
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
+    n, width = batch.prompt_ids.shape
+    labels = ids.clone()
+    labels[:, :width] = IGNORE_INDEX
+    labels[:, width:] = labels[:, width:].masked_fill(batch.loss_mask == 0, IGNORE_INDEX)
+    columns = torch.arange(width - 1, ids.size(1) - 1, device=ids.device).expand(n, -1)
+    rows = torch.arange(n, device=ids.device).unsqueeze(1).expand_as(columns)
+    inputs = {"input_ids": ids, "attention_mask": mask, **images_of(batch)}
+    return AnswerBatch(inputs, labels, rows, columns, batch.loss_mask.bool())
+
+
+def prepare_scoring(trainer: Any) -> None:
+    """Find out, once, how the trainer's models are to be asked: sets `_takes_position_ids` and `_grouping`.
+
+    To be called after `Trainer.__init__`, before the models are wrapped.
+    """
+    trainer._takes_position_ids = takes_position_ids(trainer.model)
+    models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
+    settings = [grouping_settings(model) for model in models]
+    why_not = None
+    if not trainer.args.share_prompts:
+        why_not = "`share_prompts` is off"
+    elif settings[0] != settings[-1]:
+        why_not = "policy and reference take different attention masks"
+    for model in models:
+        why_not = why_not or why_not_grouped(model)
+    trainer._grouping = settings[0] if why_not is None else None
+    if why_not is not None:
+        logger.info(f"The prompt of a group is computed for each of its completions: {why_not}.")
 
 
 def logps_without_grad(trainer: Any, model: nn.Module, batch: RolloutBatch) -> Tensor:

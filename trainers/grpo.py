@@ -8,37 +8,32 @@ Axes: `B` prompts of a generation batch, `G` completions per prompt, `N = B * G`
 tokens, `K` reward functions.
 """
 
-import contextlib
 import logging
 import math
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model, set_seed
+from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
-from outspoken.diagnostics.recorder import Recorder
-from outspoken.diagnostics.records import as_number
 from outspoken.trainers import advantages as group_advantages
 from outspoken.trainers import loading
 from outspoken.trainers.callbacks import SyncRefModelCallback
-from outspoken.trainers.completion_scores import completion_scores, logps_without_grad, needed_rows, takes_position_ids
+from outspoken.trainers.completion_scores import completion_scores, needed_rows, prepare_scoring
 from outspoken.trainers.config import as_config, live_field
 from outspoken.trainers.losses import policy
 from outspoken.trainers.measuring import gather_rows
 from outspoken.trainers.model_card import ModelCardMixin
-from outspoken.trainers.reference import make_reference, prepare_reference, reference_policy
-from outspoken.trainers._reward_set_tmp import RewardSet
-from outspoken.trainers.rollouts import checkpoint, measures, sampler
+from outspoken.trainers.reference import make_reference, prepare_reference
+from outspoken.trainers.rewards.reward_set import RewardSet
+from outspoken.trainers.rollouts import measures, sampler
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.config import GroupConfig, check_choice
+from outspoken.trainers.rollouts.mixin import RewardMixin
 from outspoken.trainers.rollouts.replay import ReplayBuffer
 from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker, as_batch, check_prompts
 from outspoken.trainers.rollouts.show import CompletionsLog
@@ -312,7 +307,7 @@ class GRPOConfig(GroupConfig):
         return self.entropy_coef != 0.0 or self.use_adaptive_entropy
 
 
-class GRPOTrainer(ModelCardMixin, Trainer):
+class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
     """Trains a causal language model on rewards of its own completions, by GRPO (arXiv 2402.03300).
 
     Args:
@@ -340,17 +335,7 @@ class GRPOTrainer(ModelCardMixin, Trainer):
         ValueError, TypeError: an argument is unusable; the message says what to change.
     """
 
-    # transformers types these for every trainer there is.
-    model: Any
     args: Any  # GRPOConfig
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
-    _signature_columns: Any
-    # `compute_loss` divides by the number of micro-batches itself.
-    loss_is_scaled_for_ga = True
-
-    _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(
         self,
@@ -402,25 +387,22 @@ class GRPOTrainer(ModelCardMixin, Trainer):
             if args.cast_lm_head_to_fp32:
                 _cast_head_to_fp32(prepared)
         self.aux_loss_coef = set_up_router_loss(model, args.router_aux_loss_coef)
-        self._takes_position_ids = takes_position_ids(model)
 
-        self.recorder = Recorder()
-        self._step: int | None = None  # micro-batches trained on in this run; None: to be found from the state
-        self._micro_batches: list[RolloutBatch] | None = None  # of the last generation batch; None: to be sampled
-        self._step_time = 0.0
+        self._start_sampling()
         self._entropy_sums: Tensor | None = None  # (entropy, tokens) of this update step, for adaptive control
         self._last_entropy = math.inf
         self.entropy_coef = args.entropy_coef  # what adaptive control has made of it
         super().__init__(
             model=model,
             args=args,
-            data_collator=_identity,
+            data_collator=identity,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing.processor,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        prepare_scoring(self)
         if self.ref_model is not None:
             self.ref_model = prepare_reference(self.ref_model, self.accelerator, self)
         if args.sync_ref_model:
@@ -439,74 +421,11 @@ class GRPOTrainer(ModelCardMixin, Trainer):
         )
         self.replay = ReplayBuffer(args.replay_buffer_size, args.num_generations)
         self.completions_log = CompletionsLog(args.generation_batch_size)
-        self._pending_metrics: dict[str, list[float]] = defaultdict(list)
-        self._not_numbers: set[str] = set()  # names of metrics that were given something else, and told of
 
         # Processes must not draw the same completions.
         set_seed(args.seed, device_specific=True)
 
         finish_setup(self, "grpo")
-
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt", "image", "images"]
-
-    # Drawing prompts
-
-    def get_train_dataloader(self):
-        return sampler.train_dataloader(self)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return sampler.train_sampler(self, train_dataset if train_dataset is not None else self.train_dataset)
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
-        return super().get_eval_dataloader(sampler.eval_stream(self, eval_dataset, self._group_size("eval")))
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        return sampler.RepeatSampler(eval_dataset, group_size=self._group_size("eval"), seed=self.args.seed)
-
-    def _group_size(self, mode: str) -> int:
-        return (mode == "eval" and self.args.num_generations_eval) or self.args.num_generations
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _phase(self, name: str) -> contextlib.AbstractContextManager:
-        """Time a phase of a training step; evaluation is timed as a whole, elsewhere."""
-        return self.recorder.phase(name) if self._mode == "train" else contextlib.nullcontext()
-
-    # A training step
-
-    def train(self, *args, **kwargs):
-        self._step, self._micro_batches = None, None
-        with checkpoint.saved_on_failure(self):
-            return super().train(*args, **kwargs)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._step is None:
-            self._step = sampler.micro_batches_before(self)
-        start = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step += 1
-        self._step_time += time.perf_counter() - start
-        if self._step % self.current_gradient_accumulation_steps == 0:
-            self._metrics["train"]["step_time"].append(self._step_time)
-            self._step_time = 0.0
-        return loss
-
-    def _prepare_inputs(self, rows: Any) -> Any:
-        """The completions to take the loss on, a `RolloutBatch`: sampled now, or left of the last generation batch."""
-        if self._mode == "eval":
-            return self._sample_and_score(rows)
-        args = self.args
-        steps = args.steps_per_generation
-        if self._step % (steps * args.num_iterations) == 0 or self._micro_batches is None:
-            # Completions of one prompt stay together, so that a micro-batch shares their prompt.
-            block = math.gcd(args.num_generations, args.per_device_train_batch_size) if args.share_prompts else 1
-            batch = self._sample_and_score(rows).shuffled(block)
-            self._micro_batches = batch.split(steps, args.pad_to_multiple_of)
-        return self._micro_batches[self._step % steps]
 
     def _sample_and_score(self, rows: list[dict[str, Any]]) -> RolloutBatch:
         """Sample a completion per row (a prompt's G rows stand together), score them, compute their advantages."""
@@ -540,20 +459,6 @@ class GRPOTrainer(ModelCardMixin, Trainer):
                 batch = self._replay(batch, found, local)
         return batch
 
-    def _score(self, rollouts: Rollouts) -> Tensor:
-        """Rewards of each function, (N, K) over all processes; NaN where a function does not apply."""
-        local = self.rewards.score(
-            rollouts.prompts,
-            rollouts.completions,
-            rollouts.completion_ids,
-            rollouts.columns(),
-            trainer_state=self.state,
-            log_extra=lambda column, values: self.completions_log.pending_extra[column].extend(values),
-            log_metric=self._log_metric,
-            environments=rollouts.environments,
-        )
-        return gather_rows(self.accelerator, local.to(self.accelerator.device))
-
     def _resample(self, rollouts: Rollouts, per_function: Tensor, group: int) -> Tensor:
         """Replace groups whose rewards are all alike by groups of further prompts (DAPO, arXiv 2503.14476), in place.
 
@@ -579,7 +484,8 @@ class GRPOTrainer(ModelCardMixin, Trainer):
             if is_stream:  # its rows pass by once; the prompts get new completions
                 rows = [rollouts.rows[i] for i in mine]
             else:
-                batch_number = self._step // (args.steps_per_generation * args.num_iterations)
+                assert self._step is not None
+                batch_number = self._step // self._cycle
                 numbers = sampler.more_prompts(len(self.train_dataset), len(flat), args.seed, batch_number, rounds)
                 row_of = dict(zip(flat, numbers))
                 rows = [self.train_dataset[row_of[(i + offset) // group]] for i in mine]
@@ -690,23 +596,6 @@ class GRPOTrainer(ModelCardMixin, Trainer):
                     args.vllm_importance_sampling_clip_min,
                 )
             measures.log_sampler_gap(self, self._mode, batch)
-
-    def _old_logps(self, batch: RolloutBatch) -> Tensor:
-        # The sampler's own numbers are the policy's up to rounding where it is the policy, in full precision.
-        known = batch.sampler_logps
-        exact = self.accelerator.mixed_precision == "no" and next(self.model.parameters()).dtype == torch.float32
-        if known is not None and exact and not self.args.use_vllm and not torch.isnan(known).any():
-            return known
-        return logps_without_grad(self, self.model, batch)
-
-    def _reference_logps(self, batch: RolloutBatch) -> Tensor:
-        if self.ref_model is None and not is_peft_model(self.model):
-            raise ValueError(
-                f"beta is {self.args.beta}, but the run started with beta=0 and holds no reference model; start a new "
-                "run with beta set."
-            )
-        with reference_policy(self) as model:
-            return logps_without_grad(self, model, batch)
 
     # The loss
 
@@ -889,73 +778,17 @@ class GRPOTrainer(ModelCardMixin, Trainer):
                 )
         return coef * bonus
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch)
-        return loss.mean().detach(), None, None
+    def _state_to_keep(self) -> dict[str, Any]:
+        return super()._state_to_keep() | {
+            "replay": self.replay.state(),
+            "entropy_coef": self.entropy_coef,
+            "last_entropy": self._last_entropy,
+        }
 
-    # Logging. `_metrics[mode][name]` collects values until `log` averages them.
-
-    def _log_metric(self, name: str, value: Any) -> None:
-        """What reward functions call as `log_metric`. A slip in a metric must not end a run."""
-        number = as_number(value)
-        if number is not None:
-            self._pending_metrics[name].append(number)
-        elif name not in self._not_numbers:
-            self._not_numbers.add(name)
-            logger.warning(f"log_metric({name!r}) got a {type(value).__name__}, not a number; it is left out.")
-
-    def _log_texts(self, mode: str, rollouts: Rollouts, per_function: Tensor, advantages: Tensor) -> None:
-        """Keep the completions for the table, and what reward functions handed to `log_extra` and `log_metric`."""
-        of_completions = advantages if advantages.ndim == 1 else advantages.mean(1)
-        self.completions_log.add(
-            rollouts.prompts,
-            rollouts.completions,
-            of_completions.tolist(),
-            {name: column.tolist() for name, column in zip(self.rewards.names, per_function.T)},
-        )
-        for name in sorted(set(gather_object(list(self._pending_metrics)))):
-            values = gather_object(self._pending_metrics.get(name, []))
-            measures.log(self, mode, name, sum(values) / len(values))
-        self._pending_metrics.clear()
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        mode = self._mode
-        measures.add_known_metrics(self, logs, mode)
-        super().log(logs, start_time)
-        self._metrics[mode].clear()
-        if self.args.log_completions and self.accelerator.is_main_process and self.completions_log.is_new:
-            self.completions_log.show(self.args, self.state.global_step)
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        unused = self._step is not None and self._step % (self.args.steps_per_generation * self.args.num_iterations)
-        checkpoint.save(
-            self,
-            {
-                "micro_batches": self._micro_batches if unused else None,
-                "replay": self.replay.state(),
-                "entropy_coef": self.entropy_coef,
-                "last_entropy": self._last_entropy,
-                "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            },
-            trial,
-        )
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: Any) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_folder)
-        state = checkpoint.load(self, checkpoint_folder)
-        if state is None:
-            return
-        if state["micro_batches"] is not None:
-            self._micro_batches = [batch.to(self.accelerator.device) for batch in state["micro_batches"]]
+    def _take_state(self, state: dict[str, Any]) -> None:
+        super()._take_state(state)
         self.replay.restore(state["replay"], self.accelerator.device)
-        self.entropy_coef = state["entropy_coef"]
-        self._last_entropy = state["last_entropy"]
-        self._metrics["train"].update(state["metrics"])
+        self.entropy_coef, self._last_entropy = state["entropy_coef"], state["last_entropy"]
 
 
 @dataclass
@@ -966,7 +799,8 @@ class Objective:
     metrics: dict[str, Tensor]
 
 
-def _identity(rows: Any) -> Any:
+def identity(rows: Any) -> Any:
+    """A collator that leaves rows as they are."""
     return rows
 
 
