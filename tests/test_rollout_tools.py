@@ -311,11 +311,14 @@ def test_completions_and_answers_share_the_cap(tokenizer):
     whole, _ = roll(tokenizer, in_turn(first, last), tool_set([add]))
     model, answer = (whole.tool_mask[0].count(mask) for mask in (1, 0))
     n_first = len(tokenizer.encode(first, add_special_tokens=False))
+    cut, _ = roll(tokenizer, in_turn(first, last), tool_set([add]), cap=n_first - 3)
+    assert (cut.calls, cut.finished, cut.overflowed) == ([0], [False], [False])
     for cap in range(n_first - 1, model + answer + 2):
         rollout, generate = roll(tokenizer, in_turn(first, last), tool_set([add]), cap=cap)
-        if cap < n_first:  # cut within the call
+        if cap == n_first - 1:
             assert rollout.completion_ids[0] == whole.completion_ids[0][:cap]
-            assert not rollout.finished[0] and rollout.calls == [0] and not rollout.overflowed[0]
+            # Where only the end token is missing, the call is whole and is carried out.
+            assert rollout.finished == [False] and rollout.calls == [1] and rollout.overflowed == [True]
         elif cap <= n_first + answer:  # no room for the answer and a token of the model's
             assert rollout.completion_ids[0] == whole.completion_ids[0][:n_first]
             assert len(rollout.completions[0]) == 1 and len(generate.calls) == 1

@@ -507,9 +507,9 @@ def run_with_tools(
 ) -> ToolRollout:
     """Sample completions in which the model may call tools, turn by turn.
 
-    A turn that calls tools is followed by their answers and the next turn, until a turn calls none, is cut, an answer
-    does not fit in what is left of `params.max_new_tokens` with at least one token after it (it is then left out), or
-    tools have answered `max_iterations` times. Only conversations that go on are sampled again, together.
+    A turn that calls tools is followed by their answers and the next turn, until a turn calls none, an answer does not
+    fit in what is left of `params.max_new_tokens` with at least one token after it (it is then left out, though the tool
+    was called), or tools have answered `max_iterations` times. Only conversations that go on are sampled again, together.
 
     Args:
         generate: the backend's `generate(prompt_ids, params, *, caps=None)`.
@@ -584,7 +584,7 @@ def run_with_tools(
             rollout.completions[index].append(message)
             rollout.turns[index] += 1
             rollout.malformed[index] += malformed
-            if message.get("tool_calls") and sampled.finished[row] and each[index]:
+            if message.get("tool_calls") and each[index]:
                 calling.append(index)
         return calling
 
