@@ -7,9 +7,7 @@ mean divergence, log. The divergence lives in `losses/distillation.py`, sampling
 Axes: `N` completions of a generation batch, `P` prompt tokens, `T` completion tokens.
 """
 
-import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
-from torch import nn
-from torch.utils.data import Sampler
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -28,9 +24,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from outspoken.diagnostics.recorder import Recorder
 from outspoken.trainers import loading
-from outspoken.trainers.completion_scores import images_of, takes_position_ids
+from outspoken.trainers.completion_scores import _lay_out as lay_out
+from outspoken.trainers.completion_scores import takes_position_ids
 from outspoken.trainers.config import as_config, live_field
 from outspoken.trainers.data.chat_templates import (
     apply_chat_template,
@@ -46,17 +42,17 @@ from outspoken.trainers.data.formats import (
     prepare_multimodal_messages,
 )
 from outspoken.trainers.data.supervised import template_kwargs, with_eos
-from outspoken.trainers.logprobs import IGNORE_INDEX
 from outspoken.trainers.losses.distillation import TokenDivergence, label_divergence
 from outspoken.trainers.measuring import end_token_ids
 from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import freeze_reference, prepare_reference
-from outspoken.trainers.rollouts import checkpoint, measures, sampler
+from outspoken.trainers.rollouts import measures
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.config import SamplingConfig
+from outspoken.trainers.rollouts.mixin import SamplingMixin, identity
 from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker, as_batch, check_prompts
 from outspoken.trainers.rollouts.show import CompletionsLog
-from outspoken.trainers.setup import disable_dropout, finish_setup, named_datasets, prepare_processing
+from outspoken.trainers.setup import finish_setup, named_datasets, prepare_model, prepare_processing
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -118,13 +114,9 @@ class DistillationConfig(SamplingConfig):
 
     # What the data loaders of trainers that sample go by (`rollouts/sampler.py`).
 
-    @property
-    def num_generations(self) -> int:
-        return 1
-
-    @property
-    def num_iterations(self) -> int:
-        return 1
+    num_generations = num_iterations = 1
+    num_generations_eval = None
+    share_prompts = False
 
     @property
     def steps_per_generation(self) -> int:
@@ -136,7 +128,7 @@ class DistillationConfig(SamplingConfig):
         return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
 
-class DistillationTrainer(ModelCardMixin, Trainer):
+class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
     """Trains a causal language model, the student, to predict as a larger one, the teacher, does (arXiv 2306.13649).
 
     Args:
@@ -161,17 +153,7 @@ class DistillationTrainer(ModelCardMixin, Trainer):
         ValueError, TypeError: an argument is unusable; the message says what to change.
     """
 
-    # transformers types these for every trainer there is.
-    model: Any
     args: Any  # DistillationConfig
-    processing_class: Any
-    train_dataset: Any
-    eval_dataset: Any
-    _signature_columns: Any
-    # `compute_loss` divides by the tokens of the whole update step itself.
-    loss_is_scaled_for_ga = True
-
-    _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(
         self,
@@ -191,34 +173,22 @@ class DistillationTrainer(ModelCardMixin, Trainer):
         _check_datasets(train_dataset, eval_dataset, args)
         self._has_completions = _has_completions(train_dataset, "train_dataset")
 
-        # Adapters are initialised at random, hence the seed before they are made.
-        set_seed(args.seed)
         processing = prepare_processing(model, args, processing_class, trainer="DistillationTrainer", images=True)
-        tokenizer = processing.tokenizer
         teacher = _teacher(teacher_model, model, args)
-        student: Any = loading.load_model(
-            model,
-            args.model_init_kwargs,  # type: ignore[arg-type]
-            trust_remote_code=args.trust_remote_code,
-            quantization_config=quantization_config,
+        student = prepare_model(
+            model, args, processing, peft_config=peft_config, quantization_config=quantization_config
         )
-        loading.tell_model(student, tokenizer)
-        self._known_tokens, self._teacher_tokens = _check_vocabularies(student, teacher, tokenizer, args)
-        adapted = loading.wrap_with_peft(student, peft_config, args)
-        if args.disable_dropout:
-            disable_dropout(adapted)
-        self._takes_position_ids = takes_position_ids(adapted)
+        self._known_tokens, self._teacher_tokens = _check_vocabularies(student, teacher, processing.tokenizer, args)
+        self._grouping = None  # no two completions share a prompt
+        self._takes_position_ids = takes_position_ids(student)
         self._teacher_takes_position_ids = takes_position_ids(teacher)
         self._teacher_takes_images = getattr(teacher.config, "vision_config", None) is not None
 
-        self.recorder = Recorder()
-        self._step: int | None = None  # micro-batches trained on in this run; None: to be found from the state
-        self._micro_batches: list[RolloutBatch] = []  # of the generation batch
-        self._step_time = 0.0
+        self._start_sampling()
         super().__init__(
-            model=adapted,
+            model=student,
             args=args,
-            data_collator=_identity,
+            data_collator=identity,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing.processor,
@@ -226,10 +196,10 @@ class DistillationTrainer(ModelCardMixin, Trainer):
             optimizers=optimizers,
         )
         self.teacher_model = prepare_reference(teacher, self.accelerator, self)
-        self.rollouts = RolloutWorker(self, tokenizer, processing.processor, student, tools=tools)
+        self.rollouts = RolloutWorker(self, processing, tools=tools)
         self.tools = tools or []
         self.completions_log = CompletionsLog(args.generation_batch_size)
-        self._end_tokens = end_token_ids(tokenizer)
+        self._end_tokens = end_token_ids(processing.tokenizer)
 
         # Processes must not draw the same completions.
         set_seed(args.seed, device_specific=True)
@@ -240,58 +210,7 @@ class DistillationTrainer(ModelCardMixin, Trainer):
         if self._signature_columns is None:
             self._signature_columns = ["prompt", "completion", "messages", "image", "images"]
 
-    # Drawing prompts
-
-    def get_train_dataloader(self):
-        return sampler.train_dataloader(self)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return sampler.train_sampler(self, train_dataset if train_dataset is not None else self.train_dataset)
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None):
-        return super().get_eval_dataloader(sampler.eval_stream(self, eval_dataset, group_size=1))
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        return sampler.RepeatSampler(eval_dataset, group_size=1, seed=self.args.seed)
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _phase(self, name: str) -> contextlib.AbstractContextManager:
-        """Time a phase of a training step; evaluation is timed as a whole, elsewhere."""
-        return self.recorder.phase(name) if self._mode == "train" else contextlib.nullcontext()
-
-    # A training step
-
-    def train(self, *args, **kwargs):
-        self._step, self._micro_batches = None, []
-        with checkpoint.saved_on_failure(self):
-            return super().train(*args, **kwargs)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._step is None:
-            self._step = sampler.micro_batches_before(self)
-        start = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._step += 1
-        self._step_time += time.perf_counter() - start
-        if self._step % self.current_gradient_accumulation_steps == 0:
-            self._metrics["train"]["step_time"].append(self._step_time)
-            self._step_time = 0.0
-        return loss
-
-    def _prepare_inputs(self, rows: Any) -> Any:
-        """The completions to take the loss on, a `RolloutBatch`: got now, or left of the last generation batch."""
-        if self._mode == "eval":
-            return self._completions(rows)
-        parts = self.args.steps_per_generation
-        if self._step % parts == 0 or not self._micro_batches:
-            batch = self._completions(rows).shuffled()
-            self._micro_batches = batch.split(parts, self.args.pad_to_multiple_of)
-        return self._micro_batches[self._step % parts]
-
-    def _completions(self, rows: list[dict[str, Any]]) -> RolloutBatch:
+    def _sample_and_score(self, rows: list[dict[str, Any]]) -> RolloutBatch:
         """A completion of each row: sampled from the student, or the dataset's own."""
         mode, args = self._mode, self.args
         temperature, cap = args.temperature, args.max_completion_length  # either may change while this runs
@@ -349,7 +268,7 @@ class DistillationTrainer(ModelCardMixin, Trainer):
             logps=[None] * n,
             entropies=[None] * n,
             tool_masks=masks,
-            images=images,
+            images=None if images is None else [*images],
         )
 
     def _completion_tokens(
@@ -401,60 +320,43 @@ class DistillationTrainer(ModelCardMixin, Trainer):
                 "return_outputs is True, but DistillationTrainer has no outputs to return; leave it False."
             )
         batch: RolloutBatch = inputs
-        found = self._divergence(model, batch)
-        # The mean over the tokens of all processes and micro-batches of the update step, whose gradients are averaged
-        # over the processes and summed over the micro-batches.
-        tokens = batch.active_tokens.clamp(min=1.0) / self.accelerator.num_processes
-        loss = found.divergence.sum() / tokens
-        self._log_divergence(found)
-        if self._mode == "train" and batch.sampler_logps is not None:
-            length = batch.completion_ids.size(1)
-            measures.record_update(self, batch, found.logps[:, -length:], batch.loss_mask)
-        return loss
-
-    def _divergence(self, model: nn.Module, batch: RolloutBatch) -> TokenDivergence:
-        """Between student and teacher at each token that carries loss."""
         args = self.args
-        ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
-        mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1)
-        loss_mask = torch.cat([torch.zeros_like(batch.prompt_mask), batch.loss_mask], dim=1)
-        shared = {"attention_mask": mask, "use_cache": False, **images_of(batch)}
         if batch.images is not None and not self._teacher_takes_images:
             raise ValueError(
                 "The dataset has images, but the teacher takes text only; pass a teacher that takes images, or drop "
                 "the images."
             )
-        # Counted from the first real token, as in sampling; learned positions would be off by the padding.
-        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)} if batch.images is None else {}
-        # Behind a token that the teacher does not know nothing is compared.
-        known = ids if self._teacher_tokens is None else ids.masked_fill(ids >= self._teacher_tokens, 0)
+        laid_out = lay_out(self, batch)
+        student_inputs = {**laid_out.inputs, "use_cache": False}
+        teacher_inputs = dict(student_inputs)
+        if not self._teacher_takes_position_ids:
+            teacher_inputs.pop("position_ids", None)
+        if self._teacher_tokens is not None:
+            # Behind a token that the teacher does not know nothing is compared.
+            ids = teacher_inputs["input_ids"]
+            teacher_inputs["input_ids"] = ids.masked_fill(ids >= self._teacher_tokens, 0)
         with self.accelerator.autocast():
             found, _ = label_divergence(
                 model,
                 self.teacher_model,
-                {"input_ids": ids, **shared, **(positions if self._takes_position_ids else {})},
-                ids.masked_fill(loss_mask == 0, IGNORE_INDEX),
+                student_inputs,
+                laid_out.labels,
                 beta=args.beta,
                 temperature=batch.temperature,
                 top_k=args.teacher_top_k,
                 add_tail=args.loss_add_tail,
                 unwrapped=self.accelerator.unwrap_model(model),
                 unwrapped_teacher=self.accelerator.unwrap_model(self.teacher_model),
-                teacher_inputs={
-                    "input_ids": known,
-                    **shared,
-                    **(positions if self._teacher_takes_position_ids else {}),
-                },
+                teacher_inputs=teacher_inputs,
             )
-        return found
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch)
-        return loss.mean().detach(), None, None
-
-    # Logging. `_metrics[mode][name]` collects values until `log` averages them.
+        # The mean over the tokens of all processes and micro-batches of the update step, whose gradients are averaged
+        # over the processes and summed over the micro-batches.
+        tokens = batch.active_tokens.clamp(min=1.0) / self.accelerator.num_processes
+        loss = found.divergence.sum() / tokens
+        self._log_divergence(found)
+        if self._mode == "train" and batch.sampler_logps is not None:
+            measures.record_update(self, batch, laid_out.take(found.logps), batch.loss_mask)
+        return loss
 
     def _log_divergence(self, found: TokenDivergence) -> None:
         """Means over the tokens of this micro-batch on all processes."""
@@ -471,31 +373,6 @@ class DistillationTrainer(ModelCardMixin, Trainer):
         if tokens > 0:
             for name, total in zip(columns, totals):
                 measures.log(self, self._mode, name, total / tokens)
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        mode = self._mode
-        measures.add_known_metrics(self, logs, mode)
-        super().log(logs, start_time)
-        self._metrics[mode].clear()
-        if self.args.log_completions and self.accelerator.is_main_process and self.completions_log.is_new:
-            self.completions_log.show(self.args, self.state.global_step)
-
-    # Checkpoints. A generation batch is used up when a checkpoint is written; what was measured and not logged is kept.
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
-        checkpoint.save(self, {"metrics": metrics}, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: Any) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_folder)
-        state = checkpoint.load(self, checkpoint_folder)
-        if state is not None:
-            self._metrics["train"].update(state["metrics"])
-
-
-def _identity(rows: Any) -> Any:
-    return rows
 
 
 # ---------------------------------------------------------------------- data
