@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import outspoken
-from outspoken.cli import apply, diagnose, env, explain, gate, rules, train, watch
+from outspoken.cli import apply, diagnose, env, explain, gate, rules, train, vllm_serve, watch
 from outspoken.cli.common import CANNOT_JUDGE, CommandError, print_json
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -37,6 +37,7 @@ app.command()(rules.rules)
 app.command()(apply.apply)
 app.command()(gate.gate)
 app.command()(env.env)
+app.command("vllm-serve", context_settings=_TRAIN)(vllm_serve.vllm_serve)
 
 
 def _version(wanted: bool) -> None:
