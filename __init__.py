@@ -22,6 +22,8 @@ _PUBLIC = {
     "KTOTrainer": "outspoken.trainers.kto",
     "LogCompletionsCallback": "outspoken.trainers.callbacks",
     "ModelConfig": "outspoken.trainers.scripts",
+    "RLOOConfig": "outspoken.trainers.rloo",
+    "RLOOTrainer": "outspoken.trainers.rloo",
     "RewardConfig": "outspoken.trainers.reward",
     "RewardTrainer": "outspoken.trainers.reward",
     "RichProgressCallback": "outspoken.trainers.callbacks",

@@ -153,6 +153,46 @@ def needed_rows(advantages: Tensor, mask: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1)
 
 
+def needed_scores(
+    trainer: Any, model: nn.Module, batch: RolloutBatch, *, leave_out: bool, entropy_grad: bool = False
+) -> tuple[CompletionScores, Tensor]:
+    """Score a batch with gradients, but for the completions whose gradient is zero because they have no advantage.
+
+    Of those, what is known from sampling stands in the scores: log-probabilities, so that their ratio is 1, and entropies.
+
+    Args:
+        leave_out: whether advantages alone give a gradient, so that completions may be left out. In evaluation, and with
+            a load-balancing loss, none is.
+
+    Returns:
+        The scores of all completions, and which of them went through the model, (N,) bool.
+    """
+    with_aux_loss = trainer.aux_loss_coef != 0.0
+    wanted: dict[str, Any] = {"want": ("entropy",), "entropy_grad": entropy_grad, "aux_loss": with_aux_loss}
+    all_of_them = torch.ones(len(batch), dtype=torch.bool, device=batch.advantages.device)
+    if not leave_out or with_aux_loss or not trainer.model.training:
+        return completion_scores(trainer, model, batch, **wanted), all_of_them
+    rows = needed_rows(batch.advantages, batch.loss_mask)
+    if len(rows) == len(batch):
+        return completion_scores(trainer, model, batch, **wanted), all_of_them
+    part = batch.select(rows).trimmed(trainer.args.pad_to_multiple_of)
+    scores = completion_scores(trainer, model, part, **wanted)
+    assert scores.entropy is not None
+
+    def spread(values: Tensor, others: Tensor | None) -> Tensor:
+        filled = torch.zeros_like(batch.loss_mask, dtype=values.dtype)
+        if others is not None:
+            filled = torch.nan_to_num(others.to(values.dtype))
+        padded = nn.functional.pad(values, (0, filled.size(1) - values.size(1)))
+        return filled.index_copy(0, rows, padded)
+
+    before = batch.sampler_logps if batch.old_logps is None else batch.old_logps
+    scored = torch.zeros_like(all_of_them).index_fill(0, rows, True)
+    return CompletionScores(
+        spread(scores.logps, before), spread(scores.entropy, batch.sampler_entropies), None
+    ), scored
+
+
 def images_of(batch: RolloutBatch) -> dict[str, Tensor]:
     """What the model takes of the images of a batch: one after the other; per token, behind each other in the rows."""
     if batch.images is None:

@@ -21,23 +21,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
 from outspoken.trainers import advantages as group_advantages
-from outspoken.trainers import loading
-from outspoken.trainers.callbacks import SyncRefModelCallback
-from outspoken.trainers.completion_scores import completion_scores, needed_rows, prepare_scoring
+from outspoken.trainers.completion_scores import needed_scores, prepare_scoring
 from outspoken.trainers.config import as_config, live_field
 from outspoken.trainers.losses import policy
 from outspoken.trainers.measuring import gather_rows
 from outspoken.trainers.model_card import ModelCardMixin
-from outspoken.trainers.reference import make_reference, prepare_reference
 from outspoken.trainers.rewards.reward_set import RewardSet
 from outspoken.trainers.rollouts import measures, sampler
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.config import GroupConfig, check_choice
-from outspoken.trainers.rollouts.mixin import RewardMixin
+from outspoken.trainers.rollouts.mixin import RewardMixin, identity, prepare_models
 from outspoken.trainers.rollouts.replay import ReplayBuffer
 from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker, as_batch, check_prompts
 from outspoken.trainers.rollouts.show import CompletionsLog
-from outspoken.trainers.setup import disable_dropout, finish_setup, prepare_processing, set_up_router_loss
+from outspoken.trainers.setup import finish_setup, prepare_processing
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -357,37 +354,13 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         args = as_config(GRPOConfig, args, model, "GRPOTrainer")
         check_prompts(train_dataset, eval_dataset, args, environments=environment_factory is not None)
 
-        # Adapters are initialised at random, hence the seed before they are made.
-        set_seed(args.seed)
-        model_init_kwargs: Any = args.model_init_kwargs
         processing = prepare_processing(model, args, processing_class, trainer="GRPOTrainer", images=True)
-        tokenizer = processing.tokenizer
-        source = model
-        model = loading.load_model(
-            model,
-            model_init_kwargs,
-            trust_remote_code=args.trust_remote_code,
-            quantization_config=quantization_config,
+        model, self.ref_model, self.aux_loss_coef = prepare_models(
+            model, args, processing, quantization_config, peft_config
         )
-        loading.tell_model(model, tokenizer)
-        policy_model = model
-        model = loading.wrap_with_peft(model, peft_config, args)
-        # The reference is the policy as it is now; an adapter's is reached by switching the adapter.
-        self.ref_model: Any = None
-        if args.beta != 0.0:
-            self.ref_model = make_reference(model, source, args, quantization_config)
-        if args.sync_ref_model and self.ref_model is None:
-            raise ValueError(
-                "sync_ref_model is True, but with an adapter the reference is the model without it, which cannot move; "
-                "set it to False, or train without an adapter."
-            )
-        for prepared in [model] if self.ref_model is None else [model, self.ref_model]:
-            if args.disable_dropout:
-                disable_dropout(prepared)
-            if args.cast_lm_head_to_fp32:
-                _cast_head_to_fp32(prepared)
-        self.aux_loss_coef = set_up_router_loss(model, args.router_aux_loss_coef)
-
+        if args.cast_lm_head_to_fp32:
+            for either in [model] if self.ref_model is None else [model, self.ref_model]:
+                _cast_head_to_fp32(either)
         self._start_sampling()
         self._entropy_sums: Tensor | None = None  # (entropy, tokens) of this update step, for adaptive control
         self._last_entropy = math.inf
@@ -403,15 +376,10 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             optimizers=optimizers,
         )
         prepare_scoring(self)
-        if self.ref_model is not None:
-            self.ref_model = prepare_reference(self.ref_model, self.accelerator, self)
-        if args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        self._place_reference()
         self.rollouts = RolloutWorker(
             self,
-            tokenizer,
-            processing.processor,
-            policy_model,
+            processing,
             tools=tools,
             rollout_func=rollout_func,
             environment_factory=environment_factory,
@@ -608,7 +576,17 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages.unsqueeze(1)
         epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
 
-        scores, scored = self._score_completions(model, batch)
+        # Without advantage there is no gradient, unless one of these gives one; and the share of tokens of highest entropy
+        # needs the entropies of all.
+        has_gradient = (
+            (args.beta != 0.0 and args.advantage_estimator != "reinforce++")
+            or args.entropy_bonus
+            or args.covariance_control == "kl_cov"
+        )
+        needs_all = args.top_entropy_quantile < 1.0 and batch.sampler_entropies is None
+        scores, scored = needed_scores(
+            self, model, batch, leave_out=not (has_gradient or needs_all), entropy_grad=args.entropy_bonus
+        )
         logps, entropies = scores.logps, scores.entropy
         log_ratio = logps - (logps.detach() if batch.old_logps is None else batch.old_logps)
         level = "sequence" if args.loss_type == "luspo" else args.importance_sampling_level
@@ -674,43 +652,6 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             if mode == "train":
                 measures.record_update(self, batch, logps.detach(), mask * scored.unsqueeze(1))
         return loss
-
-    def _score_completions(self, model: nn.Module, batch: RolloutBatch):
-        """(scores of all completions, which of them went through the model, (N,)).
-
-        A completion without advantage has no gradient unless there is a KL term or a bonus. It is left out, and what is
-        logged of it is what the sampler said.
-        """
-        args = self.args
-        want = {"want": ("entropy",), "entropy_grad": args.entropy_bonus, "aux_loss": self.aux_loss_coef != 0.0}
-        everything = torch.ones(len(batch), dtype=torch.bool, device=batch.advantages.device)
-        has_gradient = (
-            (args.beta != 0.0 and args.advantage_estimator != "reinforce++")
-            or args.entropy_bonus
-            or self.aux_loss_coef != 0.0
-            or args.covariance_control == "kl_cov"
-        )
-        known = batch.sampler_entropies is not None or args.top_entropy_quantile == 1.0
-        if self._mode == "eval" or has_gradient or not known:
-            return completion_scores(self, model, batch, **want), everything
-        rows = needed_rows(batch.advantages, batch.loss_mask)
-        if len(rows) == len(batch):
-            return completion_scores(self, model, batch, **want), everything
-        part = batch.select(rows).trimmed(args.pad_to_multiple_of)
-        scores = completion_scores(self, model, part, **want)
-        length = part.completion_ids.size(1)
-
-        def spread(values: Tensor, others: Tensor | None) -> Tensor:
-            full = torch.zeros_like(batch.loss_mask, dtype=values.dtype) if others is None else others.to(values.dtype)
-            full = torch.nan_to_num(full).clone()
-            full[rows] = nn.functional.pad(values, (0, full.size(1) - length))
-            return full
-
-        before = batch.old_logps if batch.old_logps is not None else batch.sampler_logps
-        everything[:] = False
-        everything[rows] = True
-        logps = spread(scores.logps, before)
-        return scores._replace(logps=logps, entropy=spread(scores.entropy, batch.sampler_entropies)), everything
 
     def _objective(
         self,
@@ -797,11 +738,6 @@ class Objective:
 
     loss: Tensor
     metrics: dict[str, Tensor]
-
-
-def identity(rows: Any) -> Any:
-    """A collator that leaves rows as they are."""
-    return rows
 
 
 def _cast_head_to_fp32(model: Any) -> None:

@@ -21,16 +21,41 @@ from transformers import Trainer
 
 from outspoken.diagnostics.recorder import Recorder
 from outspoken.diagnostics.records import as_number
-from outspoken.trainers.rewards.reward_set import RewardSet
+from outspoken.trainers.callbacks import SyncRefModelCallback
 from outspoken.trainers.completion_scores import logps_without_grad
 from outspoken.trainers.measuring import gather_rows
-from outspoken.trainers.reference import reference_policy
+from outspoken.trainers.reference import make_reference, prepare_reference, reference_policy
+from outspoken.trainers.rewards.reward_set import RewardSet
 from outspoken.trainers.rollouts import checkpoint, measures, sampler
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker
 from outspoken.trainers.rollouts.show import CompletionsLog
+from outspoken.trainers.setup import prepare_model, set_up_router_loss
 
 logger = logging.getLogger(__name__)
+
+
+def identity(rows: Any) -> Any:
+    """A collator that leaves rows as they are."""
+    return rows
+
+
+def prepare_models(
+    model: Any, args: Any, processing: Any, quantization_config: Any, peft_config: Any
+) -> tuple[Any, Any, float]:
+    """(policy, reference model or None, weight of the load-balancing loss), as `args` say.
+
+    The reference is the policy as it is now. Of an adapter it is the model without it, and None here.
+    """
+    source = model
+    model = prepare_model(model, args, processing, peft_config=peft_config, quantization_config=quantization_config)
+    reference = make_reference(model, source, args, quantization_config) if args.beta != 0.0 else None
+    if args.sync_ref_model and reference is None:
+        raise ValueError(
+            "sync_ref_model is True, but with an adapter the reference is the model without it, which cannot move; set "
+            "it to False, or train without an adapter."
+        )
+    return model, reference, set_up_router_loss(model, args.router_aux_loss_coef)
 
 
 class SamplingMixin(Trainer):
@@ -181,6 +206,13 @@ class RewardMixin(SamplingMixin):
         super()._start_sampling()
         self._pending_metrics: dict[str, list[float]] = defaultdict(list)
         self._not_numbers: set[str] = set()  # names of metrics that were given something else, and told of
+
+    def _place_reference(self) -> None:
+        """Put the reference model where the policy is; to be called after `Trainer.__init__`."""
+        if self.ref_model is not None:
+            self.ref_model = prepare_reference(self.ref_model, self.accelerator, self)
+        if self.args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
     def _score(self, rollouts: Rollouts) -> Tensor:
         """Rewards of each function, (N, K) over all processes; NaN where a function does not apply."""

@@ -15,7 +15,7 @@ from outspoken.trainers.rollouts.backends import TransformersBackend
 from outspoken.trainers.rollouts.batch import RolloutBatch, Sampled, pad_floats, pad_ids
 from outspoken.trainers.rollouts.sampling import SamplingParams, sampling_params
 from outspoken.trainers.rollouts.transformers_backend import eos_token_ids
-from outspoken.trainers.setup import check_dataset_type, named_datasets
+from outspoken.trainers.setup import Processing, check_dataset_type, named_datasets
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +86,15 @@ class RolloutWorker:
     """Samples completions for a trainer.
 
     Args:
-        trainer: it has `args`, `accelerator`, `model_wrapped`, `state`.
-        tokenizer: of the policy.
-        processor: the tokenizer, or the processor of a model that takes images.
-        model: the policy before it is wrapped, whose end tokens count.
+        trainer: it has `args`, `accelerator`, `model`, `model_wrapped`, `state`.
+        processing: the tokenizer, and the processor of a model that takes images.
         tools, rollout_func, environment_factory: see `GRPOTrainer`.
     """
 
     def __init__(
         self,
         trainer: Any,
-        tokenizer: Any,
-        processor: Any,
-        model: Any,
+        processing: Processing,
         *,
         tools: list[Callable] | None = None,
         rollout_func: Callable | None = None,
@@ -112,10 +108,10 @@ class RolloutWorker:
             if value:
                 raise ValueError(f"`{name}` is set, but this is not supported yet; leave it out.")
         self.trainer = trainer
-        self.tokenizer = tokenizer
-        self.processor = processor
-        self.end_ids = eos_token_ids(model, tokenizer)
-        self.backend: Any = TransformersBackend(trainer, tokenizer)
+        self.tokenizer = processing.tokenizer
+        self.processor = processing.processor
+        self.end_ids = eos_token_ids(trainer.model, self.tokenizer)
+        self.backend: Any = TransformersBackend(trainer, self.tokenizer)
 
     def with_own_rewards(self, reward_funcs: Any) -> Any:
         """The reward functions, and those that environments bring."""

@@ -1,4 +1,5 @@
-"""Loss, gradients and logged metrics of GRPOTrainer against TRL's, run here on the same model and completions.
+"""Loss, gradients and logged metrics of GRPOTrainer and RLOOTrainer against TRL's, run here on the same model and
+completions.
 
 Both trainers get their completions from the same script instead of a model, so that everything after sampling is
 compared: rewards, advantages, batches, log-probabilities, loss, gradients of every parameter, metrics.
@@ -12,8 +13,9 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from outspoken.trainers import grpo
+from outspoken.trainers import completion_scores
 from outspoken.trainers.grpo import GRPOConfig, GRPOTrainer
+from outspoken.trainers.rloo import RLOOConfig, RLOOTrainer
 from outspoken.trainers.rollouts.batch import sampled_from_ids
 
 # Not comparable: wall-clock times.
@@ -82,26 +84,46 @@ def fast_collection():
 
 @pytest.fixture
 def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
-    """`compare(reward_funcs, model=..., peft=..., evaluate=..., **settings)` trains with both and compares."""
+    """`compare(reward_funcs, kind=..., model=..., peft=..., evaluate=..., **settings)` trains with both and compares.
+
+    `adapt(trainer)` changes both trainers before they train; `own` are settings that only ours has.
+    """
     import trl
 
     # TRL puts every completion through the model; of those that we leave out, a script knows no entropy to log.
-    monkeypatch.setattr(grpo, "needed_rows", lambda advantages, mask: torch.arange(len(mask)))
+    monkeypatch.setattr(completion_scores, "needed_rows", lambda advantages, mask: torch.arange(len(mask)))
 
-    class ScriptedTRL(trl.GRPOTrainer):
+    class Scripted:
+        logps = None  # what the sampler says of each completion
+
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            return self.script(prompt_ids), None
+            completion_ids = self.script(prompt_ids)
+            if isinstance(self, trl.RLOOTrainer):
+                return completion_ids
+            return completion_ids, self.logps and self.logps(completion_ids)
 
-    class Scripted(GRPOTrainer):
         def train(self):
-            ends = [*self.rollouts.end_ids, self.processing_class.pad_token_id]
-            self.rollouts.generate = lambda prompt_ids, params, **_: sampled_from_ids(self.script(prompt_ids), ends)
+            if hasattr(self, "rollouts"):
+                ends = [*self.rollouts.end_ids, self.processing_class.pad_token_id]
+
+                def generate(prompt_ids, params, **_):
+                    sampled = sampled_from_ids(self.script(prompt_ids), ends)
+                    sampled.logps = self.logps and self.logps(sampled.completion_ids)
+                    return sampled
+
+                self.rollouts.generate = generate
             return super().train()
 
-    def run(trainer_class, config_class, reward_funcs, model, prompts, peft, evaluate, settings):
+    def scripted(trainer_class):
+        return type("Scripted", (Scripted, trainer_class), {})
+
+    ours = {"GRPO": (GRPOTrainer, GRPOConfig), "RLOO": (RLOOTrainer, RLOOConfig)}
+    theirs = {"GRPO": (trl.GRPOTrainer, trl.GRPOConfig), "RLOO": (trl.RLOOTrainer, trl.RLOOConfig)}
+
+    def run(trainer_class, config_class, reward_funcs, model, prompts, peft, evaluate, adapt, own, settings):
         name = config_class.__module__.split(".")[0]
         # TRL draws the order of single completions; ours keeps those of a prompt together to share it.
-        extra = {"diagnose": False, "share_prompts": False} if name == "outspoken" else {}
+        extra = {"diagnose": False, "share_prompts": False, **(own or {})} if name == "outspoken" else {}
         args = config_class(
             str(tmp_path / name),
             **{
@@ -124,7 +146,7 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
         )
         tape = GradientTape()
         dataset = Dataset.from_dict({"prompt": prompts, "label": list(range(len(prompts)))})
-        trainer = trainer_class(
+        trainer = scripted(trainer_class)(
             model=model() if callable(model) else model,
             reward_funcs=reward_funcs,
             args=args,
@@ -135,34 +157,46 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
             peft_config=peft() if peft else None,
         )
         trainer.script = Script(trainer.processing_class.eos_token_id)
+        if adapt is not None:
+            adapt(trainer)
         trainer.train()
         if evaluate:
             trainer.evaluate()
         return trainer, tape
 
     def same(
-        reward_funcs, model=tiny_model_factory, prompts=PROMPTS, peft=None, evaluate=False, atol=1e-5, **settings
+        reward_funcs,
+        kind="GRPO",
+        model=tiny_model_factory,
+        prompts=PROMPTS,
+        peft=None,
+        evaluate=False,
+        adapt=None,
+        own=None,
+        atol=1e-5,
+        skip=(),
+        **settings,
     ):
-        case = (reward_funcs, model, prompts, peft, evaluate, settings)
-        expected, expected_tape = run(ScriptedTRL, trl.GRPOConfig, *case)
-        actual, tape = run(Scripted, GRPOConfig, *case)
+        case = (reward_funcs, model, prompts, peft, evaluate, adapt, own, settings)
+        expected, expected_tape = run(*theirs[kind], *case)
+        actual, tape = run(*ours[kind], *case)
 
         assert len(tape.steps) == len(expected_tape.steps) > 0
-        for ours, theirs in zip(tape.steps, expected_tape.steps):
-            assert ours.keys() == theirs.keys()
-            for name in theirs:
+        for mine, others in zip(tape.steps, expected_tape.steps):
+            assert mine.keys() == others.keys()
+            for name in others:
                 torch.testing.assert_close(
-                    ours[name], theirs[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                    mine[name], others[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
                 )
         assert max(gradient.abs().max() for step in expected_tape.steps for gradient in step.values()) > 1e-4
 
         assert len(actual.state.log_history) == len(expected.state.log_history)
-        for ours, theirs in zip(actual.state.log_history, expected.state.log_history):
-            names = {name for name in theirs if not any(name.endswith(timed) for timed in TIMED)}
-            names -= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
-            assert names <= ours.keys()
+        for mine, others in zip(actual.state.log_history, expected.state.log_history):
+            names = {name for name in others if not any(name.endswith(timed) for timed in TIMED)}
+            names -= {*skip, "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+            assert names <= mine.keys()
             for name in names:
-                assert ours[name] == pytest.approx(theirs[name], abs=atol, rel=1e-5), name
+                assert mine[name] == pytest.approx(others[name], abs=atol, rel=1e-5), name
         return actual
 
     return same
@@ -170,7 +204,7 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
-def test_every_loss_and_scaling(compare, loss_type, scale_rewards):
+def test_losses_and_scalings(compare, loss_type, scale_rewards):
     compare([spread], loss_type=loss_type, scale_rewards=scale_rewards, gradient_accumulation_steps=2)
 
 
@@ -341,3 +375,143 @@ def test_mixture_of_experts_auxiliary_loss(compare, tiny_tokenizer):
         return MixtralForCausalLM(config)
 
     compare([spread], model=mixtral, router_aux_loss_coef=0.1, gradient_accumulation_steps=2)
+
+
+OFF_POLICY = {"num_iterations": 3, "learning_rate": 0.02, "max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    "loss_type, level",
+    [
+        ("cispo", "token"),
+        ("cispo", "sequence"),
+        ("sapo", "token"),
+        ("sapo", "sequence"),
+        ("luspo", "sequence"),
+        ("vespo", "token"),
+    ],
+)
+def test_losses_without_a_hard_clip_and_of_whole_completions(compare, loss_type, level):
+    compare(
+        [spread],
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon_high=1.1,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        learning_rate=0.02,
+        max_steps=3,
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
+def test_their_settings(compare, tiny_model_dir, loss_type):
+    settings = {"sapo_temperature_pos": 0.7, "sapo_temperature_neg": 1.4, "vespo_k_pos": 1.5, "vespo_lambda_neg": 2.5}
+    compare([spread], model=tiny_model_dir, loss_type=loss_type, epsilon_high=1.05, beta=0.1, **settings, **OFF_POLICY)
+
+
+def test_adaptive_entropy(compare):
+    trainer = compare(
+        [spread],
+        use_adaptive_entropy=True,
+        entropy_coef=0.01,
+        entropy_target=5.11,
+        gradient_accumulation_steps=2,
+        loss_type="grpo",
+        max_steps=5,
+        atol=1e-4,
+    )
+    coefficients = [entry["entropy_coef"] for entry in trainer.state.log_history if "entropy_coef" in entry]
+    assert len({*coefficients}) > 2
+
+
+def test_moving_reference(compare, tiny_model_dir):
+    compare(
+        [spread], model=tiny_model_dir, beta=0.3, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.5, learning_rate=0.02,
+        max_steps=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_correction_for_another_sampler(compare, mode, loss_type):
+    """The script says log-probabilities that are off from the policy's by noise; one is not a number."""
+
+    def noisy(completion_ids):
+        rng = random.Random(sum(map(sum, completion_ids)))
+        logps = [[-5.7 + rng.gauss(0, 0.7) for _ in ids] for ids in completion_ids]
+        logps[1][0] = None
+        return logps
+
+    def adapt(trainer):
+        trainer.logps = noisy
+        trainer.use_vllm = trainer.args.use_vllm = True
+        # No weights are to be sent to an engine that is not there.
+        trainer._last_loaded_step = None
+
+    compare(
+        [spread],
+        adapt=adapt,
+        loss_type=loss_type,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_max=2.0,
+        vllm_importance_sampling_clip_min=0.4,
+        off_policy_mask_threshold=0.5,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+    )
+
+
+# RLOO
+
+# TRL takes the spread of the rewards less the KL penalty, which is never 0 once the policy has moved.
+WITH_PENALTY = ["frac_reward_zero_std", "eval_frac_reward_zero_std"]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("own", [{"loss_type": "clipped"}, {"loss_type": "reinforce"}])
+def test_rloo_on_policy(compare, tiny_model_dir, own, beta):
+    """TRL's clipped ratio is 1 as long as the policy has not moved, and its gradient is REINFORCE's."""
+    clip = [f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")]
+    compare(
+        [spread, sometimes],
+        kind="RLOO",
+        model=tiny_model_dir,
+        own=own,
+        beta=beta,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        skip=WITH_PENALTY + ([] if own["loss_type"] == "clipped" else ["loss", "train_loss", *clip]),
+    )
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rloo_off_policy(compare, tiny_model_dir, normalize):
+    trainer = compare(
+        [spread],
+        kind="RLOO",
+        model=tiny_model_dir,
+        own={"loss_type": "clipped"},
+        normalize_advantages=normalize,
+        reward_clip_range=(0.5, 3.0),
+        reward_weights=[1.5],
+        epsilon=0.05,
+        num_iterations=2,
+        learning_rate=0.02,
+        max_steps=4,
+    )
+    assert any(entry.get("clip_ratio/region_mean", 0) > 0.1 for entry in trainer.state.log_history)
+
+
+def test_rloo_adapter_truncation_evaluation(compare):
+    compare(
+        [spread], kind="RLOO", own={"loss_type": "clipped"}, peft=lora, beta=0.1, mask_truncated_completions=True,
+        evaluate=True, per_device_eval_batch_size=4, num_generations_eval=2, max_steps=2, skip=WITH_PENALTY,
+    )  # fmt: skip
+
+
+def test_rloo_moving_reference(compare, tiny_model_dir):
+    compare(
+        [spread], kind="RLOO", model=tiny_model_dir, own={"loss_type": "clipped"}, beta=0.3, sync_ref_model=True, ref_model_sync_steps=2,
+        ref_model_mixup_alpha=0.5, learning_rate=0.02, max_steps=4,
+    )  # fmt: skip
