@@ -15,6 +15,8 @@ _PUBLIC = {
     "DPOTrainer": "outspoken.trainers.dpo",
     "DatasetMixtureConfig": "outspoken.trainers.data.mixtures",
     "DiagnosticsCallback": "outspoken.diagnostics.callback",
+    "DistillationConfig": "outspoken.trainers.distillation",
+    "DistillationTrainer": "outspoken.trainers.distillation",
     "GRPOConfig": "outspoken.trainers.grpo",
     "GRPOTrainer": "outspoken.trainers.grpo",
     "HTTPJudge": "outspoken.trainers.rewards",
