@@ -32,7 +32,7 @@ from outspoken.trainers.rewards.ready_made import (
 )
 
 if TYPE_CHECKING:
-    from outspoken.trainers.rewards.reward_set import RewardFunc, RewardSet, environment_reward
+    from outspoken.trainers.rewards.reward_set import RewardFunc, RewardSet
 
 __all__ = [
     "CallPolicy",
@@ -46,7 +46,6 @@ __all__ = [
     "callable_name",
     "checked_rewards",
     "completion_text",
-    "environment_reward",
     "exact_match_reward",
     "get_cosine_scaled_reward",
     "get_exact_match_reward",
@@ -61,7 +60,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("RewardFunc", "RewardSet", "environment_reward"):  # they load torch, the functions do not
+    if name in ("RewardFunc", "RewardSet"):  # they load torch, the functions do not
         from outspoken.trainers.rewards import reward_set
 
         return getattr(reward_set, name)

@@ -27,7 +27,7 @@ LOOP_GRACE = 2.0  # seconds beyond its budget after which an async call is held 
 MAX_STUCK = 8  # calls of one function that may hang at the same time, a thread each
 WARN_EVERY = 100  # a failure that does not end the run is told of the first and then every so many times
 SHOWN = 80  # characters of a completion that an error shows
-LARGEST = 3.4028234e38  # of float32, in which rewards are kept
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which rewards are kept
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,10 @@ class RewardCalls:
             self._use_device()
 
             async def call(own: dict[str, Any] = attempt.inputs) -> list[Any]:
-                return _entries(name, await function(**own), count)
+                try:
+                    return _entries(name, await function(**own), count)
+                except (KeyboardInterrupt, SystemExit) as error:  # they would end the loop's thread
+                    raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
             # Not `wait_for`, which waits on for a task that does not let itself be cancelled.
             task = asyncio.ensure_future(call())

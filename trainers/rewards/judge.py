@@ -34,7 +34,8 @@ SYSTEM = (
 )
 
 MAX_BYTES = 2**20  # of an answer of the server
-MAX_WAIT = 30.0  # seconds between two attempts
+FIRST_WAIT = 0.5  # seconds between the first two attempts; doubled for each further one
+MAX_WAIT = 30.0
 LOGGED = 2000  # characters of a judge's answer that are kept for the completions table
 RETRIED = {408, 409, 425, 429}  # and everything from 500 on
 REFUSED = {400, 413, 422}  # this text, not every text: too long, filtered, …
@@ -161,7 +162,7 @@ class HTTPJudge:
                     f"prompt_template has {{{name}}}, but there is no such column (there are {', '.join(row)}); rename it, "
                     f"or write {{{{{name}}}}} if you mean the braces."
                 )
-            texts[name] = _as_text(row[name])
+            texts[name] = _as_text(row[name]).encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
         mark = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
 
         def put(match: re.Match) -> str:
@@ -205,18 +206,21 @@ class HTTPJudge:
 
     async def _ask_all(self, questions: list[list[dict[str, str]]]) -> list[str | _NoAnswer]:
         slots = asyncio.Semaphore(self.max_concurrency)
-        answered, failed = 0, 0
+        answered, failed, hopeless = 0, 0, False
 
         async def ask(client: Any, messages: list[dict[str, str]]) -> str | _NoAnswer:
-            nonlocal answered, failed
+            nonlocal answered, failed, hopeless
             async with slots:
-                if failed >= self.max_concurrency and not answered:
+                if hopeless or (failed >= self.max_concurrency and not answered):
                     return _NoAnswer("not asked, since nothing before was answered")
                 try:
                     answer = await self._ask(client, messages)
                 except _NoAnswer as error:
                     failed += 1
                     return error
+                except _WrongSetUp:
+                    hopeless = True
+                    raise
                 answered += 1
                 return answer
 
@@ -234,6 +238,7 @@ class HTTPJudge:
             finally:
                 for task in tasks:
                     task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, client: Any, messages: list[dict[str, str]]) -> str:
         """The judge's answer to one question, asked again where that may help."""
@@ -241,7 +246,7 @@ class HTTPJudge:
         body = {"model": self.model, "messages": messages, **self.request}
         why = ""
         for attempt in range(self.max_retries + 1):
-            wait = min(0.5 * 2**attempt, MAX_WAIT) * pauses.uniform(0.5, 1.0)
+            wait = min(FIRST_WAIT * 2**attempt, MAX_WAIT) * pauses.uniform(0.5, 1.0)
             try:
                 async with asyncio.timeout(self.timeout):
                     status, headers, content = await _post(client, self._url(), body)
@@ -303,7 +308,7 @@ def _row(columns: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
 def _as_text(value: Any) -> str:
     """A text as it is, messages as a transcript, anything else as JSON."""
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+        return value
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         if len(value) == 1:
             return _content(value[0])

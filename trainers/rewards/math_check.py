@@ -22,7 +22,7 @@ SECONDS = 15.0  # for one answer; math-verify gives up after 5 s of parsing and 
 MEMORY = 4 * 2**30  # bytes that a worker may take
 STARTUP_SECONDS = 120.0
 MAX_WORKERS = 4
-PER_WORKER = 16  # answers for which it pays to start a further worker
+PER_WORKER = 64  # answers for which it pays to start a further worker: a second or so, and some 150 MB
 
 WORKER = Path(__file__).with_name("math_worker.py")
 

@@ -1,7 +1,6 @@
 """The rewards of an online trainer: functions, reward models and environments, each a column of a matrix."""
 
 import contextlib
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +38,7 @@ class RewardSet:
             that they may change in flight: `reward_timeout`, `reward_max_retries`, `reward_on_error`,
             `chat_template_kwargs`.
         accelerator: puts reward models on their device, and lets processes fail together.
-        environment_rewards: name -> function of rewards that environments give (`environment_reward`); they come last
-            and have weight 1.
+        environment_rewards: name -> function of rewards that environments give; they come last and have weight 1.
 
     Attributes:
         functions: name -> function or model in evaluation mode, in the order of the columns.
@@ -266,23 +264,6 @@ def chunks_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             chunks.append([index])
     return chunks
-
-
-def environment_reward(kind: Any) -> Callable[..., Any]:
-    """A reward function of what environments of exactly this class say in `get_reward()`, which may be async.
-
-    It returns None for completions sampled in others.
-    """
-
-    def get_reward(environments: list[Any], **_: Any) -> list[Any]:
-        return [environment.get_reward() if type(environment) is kind else None for environment in environments]
-
-    async def get_reward_async(environments: list[Any], **_: Any) -> list[Any]:
-        return [await environment.get_reward() if type(environment) is kind else None for environment in environments]
-
-    function = get_reward_async if inspect.iscoroutinefunction(kind.get_reward) else get_reward
-    function.__name__ = kind.__name__
-    return function
 
 
 def _one_tokenizer_each(processing_classes: Any, count: int) -> list[PreTrainedTokenizerBase | None]:
