@@ -70,6 +70,8 @@ def start(tiny_model_dir, monkeypatch):
     yield start
     for one in running:
         one.stop()
+    for name in [n for n in sys.modules if n.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
 
 
 def raw(port, method, path, body=b"", kind="application/json"):
@@ -338,11 +340,11 @@ def command(tiny_model_dir):
     processes = []
 
     def run(port, *options, **environment):
+        options = ("--dtype", "float32", *options)
         code = "import sys; from outspoken.cli.main import main; sys.exit(main())"
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", code, "vllm-serve", f"--model={tiny_model_dir}", f"--port={port}"]
-                + ["--dtype=float32", *options],  # noqa: RUF005
+                [sys.executable, "-c", code, "vllm-serve", "--model", tiny_model_dir, "--port", str(port), *options],
                 env={**os.environ, "PYTHONPATH": str(FAKE), **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

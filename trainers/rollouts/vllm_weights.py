@@ -39,7 +39,7 @@ def tensor_digest(tensor: Tensor) -> int:
     words = flat.view(torch.uint8 if flat.dtype == torch.bool else _WORDS[flat.element_size()])
     total = 0
     for start in range(0, words.numel(), _CHUNK):
-        part = words[start : start + _CHUNK].to(torch.int64)
+        part = words[start : start + _CHUNK].to(torch.int64, copy=True)
         part += torch.arange(start + 1, start + 1 + part.numel(), device=part.device) * 0x1E3779B97F4A7C15
         for factor, shift in ((0x3F58476D1CE4E5B9, 29), (0x14D049BB133111EB, 32)):
             part ^= part >> shift
