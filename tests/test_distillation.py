@@ -382,7 +382,7 @@ def test_chat_template_kwargs_reach_prompt_and_completion(trainer, tiny_tokenize
         processing_class=tiny_tokenizer_factory(chat_template=template), chat_template_kwargs={"polite": True},
     )  # fmt: skip
     rows = [{"prompt": CHAT[:3], "completion": CHAT[3:]}]
-    found = run._from_dataset(rows, 50)
+    found = run._read(rows, 50)
     assert run.processing_class.decode(found.prompt_ids[0]).startswith("please <|im_start|>user")
     assert run.processing_class.decode(found.completion_ids[0]) == "It is 4.<|im_end|>"
 
@@ -640,3 +640,23 @@ def test_the_run_directory_knows_it(trainer):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     signals = set().union(*(row["signals"] for row in rows))
     assert {"distillation/divergence", "entropy", "loss", "time/generate"} <= signals
+
+
+def test_the_command(tiny_model_dir, tmp_path, tiny_model_factory, tiny_tokenizer):
+    from outspoken.cli import training
+
+    (tmp_path / "teacher").mkdir()
+    tiny_model_factory(seed=2, hidden_size=48).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer.save_pretrained(tmp_path / "teacher")
+    rows = "".join(json.dumps({"prompt": p, "completion": a}) + "\n" for p, a in zip(PROMPTS, ANSWERS))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "run.yaml").write_text(
+        f"model_name_or_path: {tiny_model_dir}\nteacher_model_name_or_path: {tmp_path}/teacher\n"
+        f"dataset_path: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/out\nmax_steps: 2\nuse_cpu: true\n"
+        "max_completion_length: 4\nreport_to: none\n"
+    )
+    found = training.train("distillation", str(tmp_path / "run.yaml"), ["--beta", "0.5", "--lmbda", "0.5"])
+    assert (found["method"], found["steps"]) == ("distillation", 2)
+    assert found["metrics"]["train_loss"] > 0
+    run = json.loads((tmp_path / "out" / "outspoken" / "run.json").read_text())
+    assert run["config"]["beta"] == run["config"]["lmbda"] == 0.5

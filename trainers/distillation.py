@@ -8,7 +8,7 @@ Axes: `N` completions of a generation batch, `P` prompt tokens, `T` completion t
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,9 @@ from outspoken.trainers.data.formats import (
     is_messages,
     prepare_multimodal_messages,
 )
-from outspoken.trainers.data.supervised import template_kwargs, with_eos
+from outspoken.trainers.data.supervised import with_eos
 from outspoken.trainers.losses.distillation import TokenDivergence, label_divergence
-from outspoken.trainers.measuring import end_token_ids
+from outspoken.trainers.measuring import end_token_ids, raise_together
 from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import freeze_reference, prepare_reference
 from outspoken.trainers.rollouts import measures
@@ -52,6 +52,7 @@ from outspoken.trainers.rollouts.config import SamplingConfig
 from outspoken.trainers.rollouts.mixin import SamplingMixin, identity
 from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker, as_batch, check_prompts
 from outspoken.trainers.rollouts.show import CompletionsLog
+from outspoken.trainers.rollouts.tools import schemas
 from outspoken.trainers.setup import finish_setup, named_datasets, prepare_model, prepare_processing
 
 if TYPE_CHECKING:
@@ -197,7 +198,6 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         )
         self.teacher_model = prepare_reference(teacher, self.accelerator, self)
         self.rollouts = RolloutWorker(self, processing, tools=tools)
-        self.tools = tools or []
         self.completions_log = CompletionsLog(args.generation_batch_size)
         self._end_tokens = end_token_ids(processing.tokenizer)
 
@@ -214,10 +214,10 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         """A completion of each row: sampled from the student, or the dataset's own."""
         mode, args = self._mode, self.args
         temperature, cap = args.temperature, args.max_completion_length  # either may change while this runs
-        rows = [_with_prompt(row) for row in rows]
+        rows = self._together(lambda: [_with_prompt(row) for row in rows])
         on_policy = self._draws_on_policy(mode)
         with self._phase("generate"):
-            rollouts = self.rollouts.sample(rows) if on_policy else self._from_dataset(rows, cap)
+            rollouts = self.rollouts.sample(rows) if on_policy else self._together(lambda: self._read(rows, cap))
         if on_policy:
             measures.log_completions(self, mode, rollouts)
             measures.log_counts(self, mode, rollouts)
@@ -249,18 +249,32 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + number)
         return float(torch.rand((), generator=generator, dtype=torch.float64)) < lmbda
 
-    def _from_dataset(self, rows: list[dict[str, Any]], cap: int) -> Rollouts:
+    def _together(self, prepare: Callable[[], Any]) -> Any:
+        """`prepare()`; if it fails on one process, all processes raise."""
+        found, error = None, None
+        try:
+            found = prepare()
+        except Exception as problem:
+            error = problem
+        raise_together(self.accelerator, error)
+        return found
+
+    def _read(self, rows: list[dict[str, Any]], cap: int) -> Rollouts:
         """The dataset's completions as if they had been sampled, cut like samples are."""
-        prompts, prompt_ids, images = self.rollouts._tokenize([row["prompt"] for row in rows], rows)
-        completion_ids, masks = [], []
+        given = self.rollouts._prepare(rows)
+        prompt_ids, completion_ids, masks = [], [], []
         for i, row in enumerate(rows):
-            prompt_ids[i], ids, mask = self._completion_tokens(row, prompts[i], prompt_ids[i])
+            tools = schemas(given.tools[i]) if given.tools else None
+            prompt, ids, mask = self._completion_tokens(
+                row["completion"], given.prompts[i], given.prompt_ids[i], tools
+            )
+            prompt_ids.append(prompt)
             completion_ids.append(ids[:cap])
             masks.append(None if mask is None else mask[:cap])
         n = len(rows)
         return Rollouts(
             rows=rows,
-            prompts=prompts,
+            prompts=given.prompts,
             completions=[row["completion"] for row in rows],
             prompt_ids=prompt_ids,
             completion_ids=completion_ids,
@@ -268,19 +282,18 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
             logps=[None] * n,
             entropies=[None] * n,
             tool_masks=masks,
-            images=None if images is None else [*images],
+            images=None if given.images is None else [*given.images],
         )
 
     def _completion_tokens(
-        self, row: Mapping[str, Any], prompt: Any, prompt_ids: list[int]
+        self, answer: Any, prompt: Any, prompt_ids: list[int], tools: Any
     ) -> tuple[list[int], list[int], list[int] | None]:
         """(prompt, completion, which tokens of the completion the assistant wrote; None: all) of a row."""
         tokenizer, mask = self.rollouts.tokenizer, None
-        settings = {**template_kwargs(row, None, self._mode), **(self.args.chat_template_kwargs or {})}
-        settings["tools"] = settings["tools"] or self.tools or None
+        settings = {"tools": tools, **(self.args.chat_template_kwargs or {})}
         conversational = is_messages(prompt)
         check: Any = check_messages if conversational else check_text
-        answer = check(row["completion"], self._mode, None, "completion")
+        answer = check(answer, self._mode, None, "completion")
         if self.processing_class is not tokenizer:  # images take places in the prompt, which texts do not show
             if conversational:
                 parts = {"prompt": prompt, "completion": prepare_multimodal_messages(answer)}
