@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outspoken.trainers.measuring import raise_together
-from outspoken.trainers.rewards import call_reward_functions, callable_name, calling, checked_rewards, is_async
+from outspoken.trainers.rewards import callable_name, calling, checked_rewards, is_async
 from outspoken.trainers.rewards.calling import CallPolicy, RewardCalls
 from outspoken.trainers.rewards.reward_set import RewardSet, chunks_by_length
 
@@ -37,6 +37,10 @@ def gate():
     opened = threading.Event()
     yield opened
     opened.set()
+
+
+def call_reward_functions(functions, count, **inputs):
+    return RewardCalls(functions)(count, inputs, CallPolicy())
 
 
 def returning(value):

@@ -56,6 +56,11 @@ def test_names():
         assert ours == theirs
 
 
+def test_reward_functions_are_there_without_torch():
+    code = "import sys, outspoken.rewards; assert not {'torch', 'transformers', 'math_verify'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_the_text_of_a_completion():
     assert completion_text("text") == "text"
     assert completion_text([{"content": "no role"}]) == "no role"

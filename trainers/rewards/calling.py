@@ -438,11 +438,6 @@ class RewardCalls:
             logger.warning(f"{why} Since reward_on_error is 'none', {what}{times}.")
 
 
-def call_reward_functions(functions: dict[str, RewardFunction], count: int, **inputs: Any) -> dict[str, list[float]]:
-    """Call every function once with the same inputs: name -> `count` rewards; see `RewardCalls`."""
-    return RewardCalls(functions)(count, inputs, CallPolicy())
-
-
 def _call_and_read(name: str, function: RewardFunction, count: int, inputs: dict[str, Any]) -> list[Any]:
     return _entries(name, function(**inputs), count)
 
