@@ -718,3 +718,42 @@ def test_metrics_are_those_of_all_processes_together(tokenizer):
     none = tool_metrics([tool_totals(other)])
     assert none["tools/failure_frequency"] != none["tools/failure_frequency"]  # NaN: no call, no share
     assert none["tools/call_frequency"] == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- with a real model
+
+
+def test_logps_of_a_sampled_conversation_are_the_models(tokenizer, tiny_model_factory, monkeypatch):
+    """A real sampler, whose turns end often and always call a tool: one pass over the conversation scores it the same."""
+    import torch
+
+    from outspoken.trainers.rollouts import transformers_backend
+
+    torch.manual_seed(0)
+    model = tiny_model_factory().eval()
+    ends = (tokenizer.eos_token_id, *range(100, 200))
+
+    def always_calls(tokenizer, ids, prefix, tools):
+        calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": len(ids), "b": 0}}}]
+        return {"role": "assistant", "content": tokenizer.decode(ids), "tool_calls": calls}, False
+
+    monkeypatch.setattr(rollout_tools, "parse_reply", always_calls)
+
+    def generate(prompt_ids, params, *, caps=None):
+        return transformers_backend.sample(model, prompt_ids, params, tokenizer=tokenizer, caps=caps)
+
+    params = SamplingParams(160, temperature=0.8, end_ids=ends, seed=3)
+    prompts = [ask("The sky?")] * 2 + [ask("2 + 2?")] * 2
+    rollout, _ = roll(tokenizer, None, tool_set([add]), prompts, generate=generate, params=params, max_iterations=4)
+    assert max(rollout.turns) > 2 and min(rollout.turns) > 0 and len({*map(tuple, rollout.completion_ids)}) == 4
+    prompt_ids = tokenize_tool_prompts(tokenizer, prompts, tool_set([add]))
+    for i, (prompt, completion) in enumerate(zip(prompt_ids, rollout.completion_ids)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
+        all_logps = logits.log_softmax(-1)
+        expected = all_logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        entropies = -(all_logps.exp() * all_logps).sum(-1)
+        mask = torch.tensor(rollout.tool_mask[i]).bool()
+        assert mask.any() and (rollout.turns[i] == 1 or not mask.all())
+        torch.testing.assert_close(torch.tensor(rollout.logps[i])[mask], expected[mask], atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(rollout.entropies[i])[mask], entropies[mask], atol=1e-4, rtol=0)
