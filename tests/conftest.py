@@ -399,3 +399,78 @@ def healthy_grpo(tmp_path_factory, pretrained_sums):
 def sums(request, tmp_path):
     """A `SumsLab`; its `grpo` first trains the shared supervised model, once a session."""
     return SumsLab(tmp_path, lambda: request.getfixturevalue("pretrained_sums") / "weights.pt")
+
+
+# ------------------------------------------------------------------------------------------- models that take images
+
+_VISION_TOKENS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                  "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+_VISION_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for b in m['content'] %}"
+    "{% if b['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ b['text'] }}{% endif %}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_processor():
+    """`factory()`: a new processor of Qwen2-VL's kind: byte-level tokens, ChatML with blocks of text and images."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class StillsProcessor(Qwen2VLProcessor):
+        """Qwen's processor without videos, which need torchvision."""
+
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+            super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+
+    def build():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=_VISION_TOKENS, initial_alphabet=alphabet, show_progress=False
+        )
+        bpe.train_from_iterator(_CORPUS, trainer)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>",
+            extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        )  # fmt: skip
+        images = Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=32 * 32
+        )
+        return StillsProcessor(images, tokenizer, chat_template=_VISION_TEMPLATE)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_model():
+    """`factory(seed=0, width=32)`: a Qwen2.5-VL of two layers with the tokens of `tiny_vision_processor`."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    def build(seed=0, width=32):
+        text = {
+            "vocab_size": 300, "hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 1, "bos_token_id": None,
+            "eos_token_id": 3, "initializer_range": 0.2,
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [1, 1, width // 8 - 2], "rope_theta": 10000.0
+            },
+        }  # fmt: skip
+        vision = {
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": width, "window_size": 16,
+            "fullatt_block_indexes": [1], "in_channels": 3, "initializer_range": 0.2,
+        }  # fmt: skip
+        ids = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 4, "vision_end_token_id": 5}
+        torch.set_num_threads(1)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = 3, 1
+        return model
+
+    return build

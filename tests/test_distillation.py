@@ -660,3 +660,74 @@ def test_the_command(tiny_model_dir, tmp_path, tiny_model_factory, tiny_tokenize
     assert found["metrics"]["train_loss"] > 0
     run = json.loads((tmp_path / "out" / "outspoken" / "run.json").read_text())
     assert run["config"]["beta"] == run["config"]["lmbda"] == 0.5
+
+
+# ---------------------------------------------------------------------- images
+
+
+def pictures():
+    import numpy as np
+    from PIL import Image
+
+    def picture(seed, width):
+        pixels = np.random.default_rng(seed).integers(0, 255, (16, width, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    return [
+        {
+            "image": picture(i, 16 + 16 * (i % 2)),
+            "prompt": [{"role": "user", "content": text}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+        for i, (text, answer) in enumerate(zip(PROMPTS[:4], ["It is blue.", "7", "What?", "grass and sky"]))
+    ]
+
+
+@pytest.mark.parametrize("lmbda", [1.0, 0.0])
+def test_prompts_with_images(trainer, tiny_vision_model, tiny_vision_processor, lmbda):
+    """The loss is that of each row alone, image included; another image is another loss."""
+    processor = tiny_vision_processor()
+    run = trainer(
+        model=tiny_vision_model(seed=1), teacher_model=tiny_vision_model(seed=2, width=48), processing_class=processor,
+        train_dataset=Dataset.from_list(pictures()), lmbda=lmbda, max_steps=1, learning_rate=0.0,
+        max_completion_length=20,
+    )  # fmt: skip
+    batches = watched(run)
+    run.train()
+    total = swapped = count = 0
+    batch = batches[0]
+    for row, (prompt, completion, with_loss) in enumerate(pairs(batch)):
+        assert processor.decode(prompt).count("<|image_pad|>") in (4, 8) and with_loss == completion
+        inputs = {
+            "input_ids": torch.tensor([prompt + completion]),
+            "pixel_values": batch.images[row]["pixel_values"],
+            "image_grid_thw": batch.images[row]["image_grid_thw"],
+            "mm_token_type_ids": torch.tensor([[int(token == 6) for token in prompt] + [0] * len(completion)]),
+        }
+        for change in (False, True):
+            if change:
+                inputs["pixel_values"] = -inputs["pixel_values"]
+            with torch.no_grad():
+                s, t = (
+                    model(**inputs).logits[0, len(prompt) - 1 : -1].softmax(-1)
+                    for model in (run.model, run.teacher_model)
+                )
+            divergence = float((s * (s / t).log()).sum())
+            total, swapped = (total, swapped + divergence) if change else (total + divergence, swapped)
+        count += len(completion)
+    assert logged(run, "loss")[0] == pytest.approx(total / count, rel=1e-4)
+    assert swapped != pytest.approx(total, rel=1e-4)
+    if lmbda == 0.0:
+        answers = sorted(processor.decode(completion) for _, completion, _ in pairs(batch))
+        assert answers == sorted(
+            ["It is blue.<|im_end|>", "7<|im_end|>", "What?<|im_end|>", "grass and sky<|im_end|>"]
+        )
+
+
+def test_a_teacher_without_eyes(trainer, tiny_vision_model, tiny_vision_processor, tiny_model_factory):
+    run = trainer(
+        model=tiny_vision_model(), teacher_model=tiny_model_factory(), processing_class=tiny_vision_processor(),
+        train_dataset=Dataset.from_list(pictures()),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the teacher takes text only"):
+        run.train()
