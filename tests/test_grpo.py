@@ -21,7 +21,7 @@ from outspoken.trainers.rollouts.batch import RolloutBatch, pad_ids, sampled_fro
 from outspoken.trainers.rollouts.rollout import Rollouts, as_batch
 from outspoken.trainers.rollouts.sampler import RepeatSampler, repeat_stream
 from outspoken.trainers.rollouts.show import print_completions
-from outspoken.trainers.rollouts.transformers_backend import cut_after_eos, eos_token_ids, generate
+from outspoken.trainers.rollouts.transformers_backend import cut_after_eos, eos_token_ids
 
 PROMPTS = ["The sky", "What is 2 + 2?", "green grass", "the quick brown fox", "It is", "dog"]
 
@@ -317,55 +317,41 @@ def test_only_the_prompt_column_is_left_on_request(trainer):
 # Sampling
 
 
-def test_sampling_is_trls_for_the_same_seed(trainer, tiny_model_factory, tiny_tokenizer_factory, tmp_path):
-    import trl
-
-    settings = {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1}
-    ours = trainer(**settings, max_completion_length=8)
-    args = trl.GRPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=4, num_generations=4,
-        max_completion_length=8, **settings,
-    )  # fmt: skip
-    theirs = trl.GRPOTrainer(
-        tiny_model_factory(), token_sum, args, Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=tiny_tokenizer_factory(),
-    )  # fmt: skip
-    prompt_ids = [[10, 11, 12], [20], [10, 11, 12], [30, 31]] * 4
-    for seed in range(3):
-        torch.manual_seed(seed)
-        expected, _ = theirs._generate_single_turn(prompt_ids, None, {}, 4)
-        torch.manual_seed(seed)
-        assert ours.rollouts.generate(prompt_ids, ours.rollouts.params()).completion_ids == expected
+def sampled(run, prompts):
+    return run.rollouts.generate(prompts, run.rollouts.params()).completion_ids
 
 
-def test_padding_does_not_change_what_is_sampled(config, tiny_model_factory, tiny_tokenizer):
+def test_padding_does_not_change_what_is_sampled(trainer):
     """Greedy, so that each prompt's continuation is determined: alone and beside longer ones."""
-    model = tiny_model_factory()
-    args = config(generation_kwargs={"do_sample": False}, max_completion_length=6)
+    run = trainer(generation_kwargs={"do_sample": False}, max_completion_length=6)
     prompts = [[10, 11, 12, 13, 14], [20], [30, 31]]
-    together = generate(model, tiny_tokenizer, prompts, args, [0])
-    assert together == [generate(model, tiny_tokenizer, [prompt], args, [0])[0] for prompt in prompts]
-    args.pad_to_multiple_of = 8
-    assert generate(model, tiny_tokenizer, prompts, args, [0]) == together
+    together = sampled(run, prompts)
+    assert together == [sampled(run, [prompt])[0] for prompt in prompts]
+    run.args.use_transformers_continuous_batching = True
+    assert sampled(run, prompts) == together
 
 
-def test_sampling_settings_are_read_at_each_call(config, tiny_model_factory, tiny_tokenizer):
-    model, args = tiny_model_factory(), config(max_completion_length=3)
+def test_sampling_settings_are_read_at_each_call(trainer):
+    run = trainer(max_completion_length=3)
     prompts = [[10, 11]] * 64
-    assert max(map(len, generate(model, tiny_tokenizer, prompts, args, []))) == 3
-    args.max_completion_length = 7
-    assert max(map(len, generate(model, tiny_tokenizer, prompts, args, []))) == 7
-    args.top_k = 1
-    assert len({*map(tuple, generate(model, tiny_tokenizer, prompts, args, []))}) == 1
+    assert max(map(len, sampled(run, prompts))) == 3
+    run.args.max_completion_length = 7
+    assert max(map(len, sampled(run, prompts))) == 7
+    run.args.top_k = 1
+    assert len({*map(tuple, sampled(run, prompts))}) == 1
 
 
-def test_sampling_is_without_dropout_and_leaves_the_mode(config, tiny_model_factory, tiny_tokenizer):
-    model = tiny_model_factory(attention_dropout=0.9)
-    args = config(generation_kwargs={"do_sample": False}, max_completion_length=6)
-    expected = generate(model.eval(), tiny_tokenizer, [[10, 11]], args, [0])
-    model.train()
-    assert all(generate(model, tiny_tokenizer, [[10, 11]], args, [0]) == expected for _ in range(5))
-    assert model.training
+def test_sampling_is_without_dropout_and_leaves_the_mode(trainer, tiny_model_factory):
+    run = trainer(
+        model=tiny_model_factory(attention_dropout=0.9),
+        generation_kwargs={"do_sample": False},
+        max_completion_length=6,
+    )
+    run.model.eval()
+    expected = sampled(run, [[10, 11]])
+    run.model.train()
+    assert all(sampled(run, [[10, 11]]) == expected for _ in range(5))
+    assert run.model.training
 
 
 def test_completions_end_with_the_first_eos():

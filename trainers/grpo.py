@@ -32,7 +32,13 @@ from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.config import GroupConfig, check_choice
 from outspoken.trainers.rollouts.mixin import RewardMixin, identity, prepare_models
 from outspoken.trainers.rollouts.replay import ReplayBuffer
-from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker, as_batch, check_prompts
+from outspoken.trainers.rollouts.rollout import (
+    Rollouts,
+    RolloutWorker,
+    as_batch,
+    check_prompts,
+    prompts_of_environments,
+)
 from outspoken.trainers.rollouts.show import CompletionsLog
 from outspoken.trainers.setup import finish_setup, prepare_processing
 
@@ -352,6 +358,8 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         environment_factory: Callable | dict[str, Callable] | None = None,
     ):
         args = as_config(GRPOConfig, args, model, "GRPOTrainer")
+        if train_dataset is None and environment_factory is not None:
+            train_dataset = prompts_of_environments(args)
         check_prompts(train_dataset, eval_dataset, args, environments=environment_factory is not None)
 
         processing = prepare_processing(model, args, processing_class, trainer="GRPOTrainer", images=True)
@@ -384,8 +392,13 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        environments = self.rollouts.environments
         self.rewards = RewardSet(
-            self.rollouts.with_own_rewards(reward_funcs), reward_processing_classes, args, self.accelerator
+            reward_funcs,
+            reward_processing_classes,
+            args,
+            self.accelerator,
+            environment_rewards=environments and environments.reward_functions(),
         )
         self.replay = ReplayBuffer(args.replay_buffer_size, args.num_generations)
         self.completions_log = CompletionsLog(args.generation_batch_size)

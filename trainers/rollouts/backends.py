@@ -1,18 +1,25 @@
-"""What samples for a trainer: the policy itself, or another engine that holds its weights."""
+"""The policy itself as what samples for a trainer. (`vllm_backend.py` is the other one.)"""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.functional import pad
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 
+from outspoken.trainers.data.vision import TOKEN_TYPES
 from outspoken.trainers.rollouts import transformers_backend
 from outspoken.trainers.rollouts.batch import Sampled, sampled_from_ids
 from outspoken.trainers.rollouts.sampling import SamplingParams
+from outspoken.trainers.sharding import is_sharded
 
 
 class TransformersBackend:
-    """Samples with the policy itself, in the process that trains it.
+    """Samples with the policy itself, in the process that trains it and in the precision it trains in.
 
     Args:
         trainer: it has `args`, `accelerator`, `model_wrapped`.
@@ -24,28 +31,116 @@ class TransformersBackend:
         self.tokenizer = tokenizer
 
     def generate(
-        self, prompt_ids: list[list[int]], params: SamplingParams, *, caps: list[int] | None = None, images: Any = None
+        self,
+        prompt_ids: list[list[int]],
+        params: SamplingParams,
+        *,
+        caps: list[int] | None = None,
+        images: list[dict[str, Tensor]] | None = None,
     ) -> Sampled:
-        with whole_model(self.trainer) as model:
-            ids = transformers_backend.generate(
-                model, self.tokenizer, prompt_ids, self.trainer.args, list(params.end_ids)
+        """One completion per prompt; see `transformers_backend.sample`.
+
+        Args:
+            images: what the model gets of each prompt's images; see `RolloutBatch`.
+        """
+        args, accelerator = self.trainer.args, self.trainer.accelerator
+        inputs = None if images is None else joined_images(images, [len(ids) for ids in prompt_ids])
+        with whole_model(self.trainer) as (model, synced), accelerator.autocast():
+            if args.use_transformers_continuous_batching:
+                if images is not None:
+                    raise ValueError(
+                        "use_transformers_continuous_batching is True, but transformers' continuous batching takes no "
+                        "images; set it to False."
+                    )
+                return sample_continuously(model, prompt_ids, params, self.tokenizer, args, caps)
+            return transformers_backend.sample(
+                model,
+                prompt_ids,
+                params,
+                tokenizer=self.tokenizer,
+                caps=caps,
+                cache_implementation=args.cache_implementation,
+                model_inputs=inputs and {name: value.to(accelerator.device) for name, value in inputs.items()},
+                synced=self._anyone if synced else None,
             )
-        return sampled_from_ids(ids, [*params.end_ids, self.tokenizer.pad_token_id])
 
-    def refresh(self, version: int) -> dict[str, float]:
-        """Nothing to do: the policy that trains is the one that samples."""
-        return {}
+    def _anyone(self, here: bool) -> bool:
+        accelerator = self.trainer.accelerator
+        return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())
 
-    def close(self) -> None: ...
+    def push_weights(self, model: Any, version: int) -> None:
+        """Nothing to do: what trains is what samples."""
+
+    def close(self) -> None:
+        """Nothing runs beside the trainer."""
+
+
+def sample_continuously(
+    model: Any, prompt_ids: list[list[int]], params: SamplingParams, tokenizer: Any, args: Any, caps: list[int] | None
+) -> Sampled:
+    """Sample with transformers' continuous batching, which keeps no log-probabilities and knows no stop texts."""
+    if params.stop:
+        raise ValueError(
+            f"generation_kwargs has the stop texts {list(params.stop)}, which transformers' continuous batching does not "
+            "know; leave them out, or set use_transformers_continuous_batching to False."
+        )
+    if not prompt_ids:
+        return Sampled([], [])
+    settings: dict[str, Any] = {
+        "max_new_tokens": params.max_new_tokens,
+        "do_sample": params.temperature > 0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": list(params.end_ids),
+        "repetition_penalty": params.repetition_penalty,
+    }
+    if params.temperature > 0:
+        settings |= {name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    settings |= params.extra
+    config = ContinuousBatchingConfig(**(args.transformers_continuous_batching_config or {}))
+    was_training = model.training
+    model.eval()
+    try:
+        outputs = model.generate_batch(
+            prompt_ids,
+            generation_config=GenerationConfig(**settings),
+            continuous_batching_config=config,
+            progress_bar=False,
+        )
+    finally:
+        model.train(was_training)
+    ends = set(params.end_ids)
+    ids = [transformers_backend.cut_after_eos(list(output.generated_tokens), ends) for output in outputs.values()]
+    if caps is not None:
+        ids = [row[:cap] for row, cap in zip(ids, caps)]
+    return sampled_from_ids(ids, params.end_ids)
 
 
 @contextlib.contextmanager
-def whole_model(trainer: Any) -> Iterator[Any]:
-    """While open, the policy unwrapped, with its weights gathered so far as sampling needs them."""
-    accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
-    model = accelerator.unwrap_model(wrapped)
+def whole_model(trainer: Any) -> Iterator[tuple[Any, bool]]:
+    """While open, the policy unwrapped, with its weights gathered so far as sampling needs them; and whether its forward
+    passes have to be made by all processes together."""
+    wrapped = trainer.model_wrapped
+    model = trainer.accelerator.unwrap_model(wrapped)
     if isinstance(wrapped, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False):
-            yield model
+            yield model, True
     else:
-        yield model
+        yield model, is_sharded(model)
+
+
+def joined_images(images: list[dict[str, Tensor]], lengths: list[int]) -> dict[str, Tensor]:
+    """What a model gets of the images of several prompts: one after the other; per token, padded on the left.
+
+    Args:
+        images: per prompt, as in `RolloutBatch`.
+        lengths: tokens of each prompt.
+    """
+    longest = max(lengths, default=0)
+    joined = {}
+    for name in dict.fromkeys(name for row in images for name in row):
+        if name in TOKEN_TYPES:
+            types = [row.get(name, torch.zeros(length, dtype=torch.long)) for row, length in zip(images, lengths)]
+            joined[name] = torch.stack([pad(each, (longest - len(each), 0)) for each in types])
+        else:
+            joined[name] = torch.cat([row[name] for row in images if name in row])
+    return joined

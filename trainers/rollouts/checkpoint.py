@@ -16,21 +16,20 @@ from outspoken.trainers.rollouts.batch import RolloutBatch
 logger = logging.getLogger(__name__)
 
 
-class RolloutError(RuntimeError):
-    """Sampling or scoring failed, on all processes alike: the weights are those of the last finished update step."""
-
-
 @contextlib.contextmanager
 def saved_on_failure(trainer: Any) -> Iterator[None]:
-    """Leave a checkpoint of the last finished update step behind when sampling or scoring fails for good."""
+    """Leave a checkpoint of the last finished update step behind when sampling or scoring fails for good.
+
+    Processes fail together then (`raise_together`), so that all of them can write their part.
+    """
     try:
         yield
-    except RolloutError as error:
-        step = trainer.state.global_step
-        if step > 0 and not os.path.isdir(_folder(trainer, None)):
-            trainer._save_checkpoint(trainer.model, None)
-        if step > 0:
-            error.add_note(f"The run is saved up to step {step} in {_folder(trainer, None)}; train() resumes from it.")
+    except Exception as error:
+        step, folder = trainer.state.global_step, _folder(trainer, None)
+        if trainer._is_sampling and step > 0:
+            if not os.path.isdir(folder):
+                trainer._save_checkpoint(trainer.model, None)
+            error.add_note(f"The run is saved up to step {step} in {folder}; resume from there.")
         raise
 
 

@@ -18,6 +18,7 @@ from outspoken.trainers.losses import policy
 from outspoken.trainers.measuring import gather_rows
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.rollout import Rollouts
+from outspoken.trainers.rollouts.tools import tool_metrics
 
 REPEATED_TOKENS = 4  # a run of so many tokens that occurs again in the same completion is a repetition
 
@@ -70,20 +71,14 @@ def no_spread(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def log_counts(trainer: Any, mode: str, rollouts: Rollouts) -> None:
-    """TRL's metrics of tools, and ours of turns, summed over the processes."""
-    names = sorted({name for counts in gather_object([list(rollouts.counts)]) for name in counts})
-    if not names:
+    """TRL's metrics of tools, and ours of turns, over all processes."""
+    if not rollouts.counts:
         return
-    values = torch.tensor([[rollouts.counts.get(name, 0.0) for name in names] + [float(len(rollouts))]])
-    sums = trainer.accelerator.reduce(values.to(trainer.accelerator.device), reduction="sum")[0].tolist()
-    total, n = dict(zip(names, sums)), max(sums[-1], 1.0)
-    calls = total.get("tool_calls")
-    if calls is not None:
-        log(trainer, mode, "tools/call_frequency", calls / n)
-        log(trainer, mode, "tools/failure_frequency", total.get("tool_failures", 0.0) / calls if calls else 0.0)
-        log(trainer, mode, "tools/turns_mean", total.get("turns", 0.0) / n)
-        log(trainer, mode, "tools/loop_exhausted", total.get("loop_exhausted", 0.0) / n)
-        log(trainer, mode, "tools/seconds", total.get("tool_seconds", 0.0))
+    for name, value in tool_metrics(gather_object([rollouts.counts])).items():
+        if name == "tools/failure_frequency" and math.isnan(value):
+            value = 0.0  # as TRL has it where nothing was called
+        if not math.isnan(value):
+            log(trainer, mode, name, value)
 
 
 def record_completions(

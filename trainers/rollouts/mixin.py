@@ -81,6 +81,7 @@ class SamplingMixin(Trainer):
         self._step: int | None = None  # micro-batches trained on in this run; None: to be found from the state
         self._micro_batches: list[RolloutBatch] | None = None  # of the last generation batch; None: to be sampled
         self._step_time = 0.0
+        self._is_sampling = False  # an error now leaves the weights of the last update step
 
     def _sample_and_score(self, rows: list[dict[str, Any]]) -> RolloutBatch:
         """Sample a completion per row (a prompt's G rows stand together) and add what the loss needs."""
@@ -119,8 +120,11 @@ class SamplingMixin(Trainer):
 
     def train(self, *args, **kwargs):
         self._step, self._micro_batches = None, None
-        with checkpoint.saved_on_failure(self):
-            return super().train(*args, **kwargs)
+        try:
+            with checkpoint.saved_on_failure(self):
+                return super().train(*args, **kwargs)
+        finally:
+            self._is_sampling = False
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step is None:
@@ -144,7 +148,9 @@ class SamplingMixin(Trainer):
         if self._step % self._cycle == 0 or self._micro_batches is None:
             # Completions of one prompt stay together, so that a micro-batch shares their prompt.
             block = math.gcd(args.num_generations, args.per_device_train_batch_size) if args.share_prompts else 1
+            self._is_sampling = True
             batch = self._sample_and_score(rows).shuffled(block)
+            self._is_sampling = False
             self._micro_batches = batch.split(steps, args.pad_to_multiple_of)
         return self._micro_batches[self._step % steps]
 

@@ -6,14 +6,29 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from outspoken.trainers.data.formats import column_names, is_messages, prepare_multimodal_messages
-from outspoken.trainers.data.vision import TOKEN_TYPES, image_inputs, row_images
+from outspoken.trainers.data.response_templates import add_response_schema
+from outspoken.trainers.data.vision import TOKEN_TYPES, image_inputs, process, row_images
+from outspoken.trainers.measuring import raise_together
 from outspoken.trainers.rollouts.backends import TransformersBackend
-from outspoken.trainers.rollouts.batch import RolloutBatch, Sampled, pad_floats, pad_ids
+from outspoken.trainers.rollouts.batch import RolloutBatch, Sampled, pad_floats, pad_ids, sampled_from_ids
+from outspoken.trainers.rollouts.environments import EnvironmentPool, environment_dataset
+from outspoken.trainers.rollouts.rollout_func import call_rollout_func
 from outspoken.trainers.rollouts.sampling import SamplingParams, sampling_params
+from outspoken.trainers.rollouts.tools import (
+    TOOL_TIMEOUT,
+    ToolSet,
+    check_tool_template,
+    row_tools,
+    run_with_tools,
+    schemas,
+    tokenize_tool_prompts,
+    tool_set,
+    tool_totals,
+)
 from outspoken.trainers.rollouts.transformers_backend import eos_token_ids
 from outspoken.trainers.setup import Processing, check_dataset_type, named_datasets
 
@@ -37,8 +52,9 @@ class Rollouts:
         tool_masks: per token, 1 where the model wrote it; None where it wrote all.
         environments: what each completion was sampled in; None without environments.
         extra: further columns for the reward functions, name -> one value a row.
-        images: what the model takes beside tokens; None for a row without.
-        counts: sums over the rows of what is counted, such as tool calls.
+        images: what the model takes beside tokens; None without images.
+        pictures: the images as the dataset has them.
+        counts: what `tool_totals` counts of calls and turns; empty without tools.
     """
 
     rows: list[dict[str, Any]]
@@ -52,7 +68,8 @@ class Rollouts:
     tool_masks: list[list[int] | None]
     environments: list[Any] | None = None
     extra: dict[str, list[Any]] = field(default_factory=dict)
-    images: list[dict[str, Tensor] | None] | None = None
+    images: list[dict[str, Tensor]] | None = None
+    pictures: list[list[Any]] | None = None
     counts: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -70,7 +87,8 @@ class Rollouts:
             for place, value in zip(places, values):
                 mine[place] = value
         for name, value in others.counts.items():
-            self.counts[name] = self.counts.get(name, 0.0) + value
+            so_far = self.counts.get(name, 0.0)
+            self.counts[name] = max(so_far, value) if name == "max_turns" else so_far + value
 
     def columns(self) -> dict[str, list[Any]]:
         """What reward functions get beside prompts and completions: the dataset's further columns, and `extra`."""
@@ -80,6 +98,19 @@ class Rollouts:
     def model_tokens(self) -> list[int]:
         """How many tokens of each completion the model wrote itself."""
         return [len(ids) if mask is None else sum(mask) for ids, mask in zip(self.completion_ids, self.tool_masks)]
+
+
+@dataclass
+class _Prepared:
+    """Rows with their prompts: messages or texts, tokens, tools, images as they are and as the model gets them."""
+
+    rows: list[dict[str, Any]]
+    prompts: list[Any]
+    prompt_ids: list[list[int]]
+    tools: list[ToolSet]
+    pictures: list[list[Any]] | None
+    images: "list[dict[str, Tensor]] | None"
+    environments: list[Any] | None
 
 
 class RolloutWorker:
@@ -100,22 +131,41 @@ class RolloutWorker:
         rollout_func: Callable | None = None,
         environment_factory: Callable | dict[str, Callable] | None = None,
     ):
-        for name, value in (
-            ("tools", tools),
-            ("rollout_func", rollout_func),
-            ("environment_factory", environment_factory),
-        ):
-            if value:
-                raise ValueError(f"`{name}` is set, but this is not supported yet; leave it out.")
+        args = trainer.args
+        if rollout_func is not None and (tools or environment_factory is not None):
+            raise ValueError(
+                "`rollout_func` samples in the trainer's place, so `tools` and `environment_factory` would not be used; "
+                "leave them out, or leave out `rollout_func`."
+            )
         self.trainer = trainer
         self.tokenizer = processing.tokenizer
         self.processor = processing.processor
         self.end_ids = eos_token_ids(trainer.model, self.tokenizer)
-        self.backend: Any = TransformersBackend(trainer, self.tokenizer)
+        self.rollout_func = rollout_func
+        self.tools: ToolSet = tool_set(tools or [])
+        self.environments: EnvironmentPool | None = None
+        if environment_factory is not None:
+            timeout = getattr(args, "tool_timeout", TOOL_TIMEOUT)
+            self.environments = EnvironmentPool(environment_factory, self.tools, timeout)
+        self._converses = bool(self.tools) or self.environments is not None
+        self._template = None
+        if self._converses:
+            self._template = check_tool_template(self.processor)
+            if getattr(self.tokenizer, "response_template", None) is None:
+                add_response_schema(self.processor)
+        self.backend: Any
+        if args.use_vllm:
+            from outspoken.trainers.rollouts.vllm_backend import VLLMBackend
 
-    def with_own_rewards(self, reward_funcs: Any) -> Any:
-        """The reward functions, and those that environments bring."""
-        return reward_funcs
+            self.backend = VLLMBackend(trainer.model, self.tokenizer, args, trainer.accelerator)
+        else:
+            self.backend = TransformersBackend(trainer, self.tokenizer)
+
+    def close(self) -> None:
+        """End what runs beside the trainer: environments, an engine."""
+        if self.environments is not None:
+            self.environments.close()
+        self.backend.close()
 
     def generate(
         self, prompt_ids: list[list[int]], params: SamplingParams, *, caps: list[int] | None = None, images: Any = None
@@ -128,74 +178,168 @@ class RolloutWorker:
         params = sampling_params(self.trainer.args, self.end_ids)
         return replace(params, temperature=0.0) if greedy else params
 
+    def refresh(self) -> None:
+        """Let another engine hold the weights as they are now, if it does not. All processes must call it."""
+        report = self.backend.push_weights(self.trainer.model_wrapped, self.trainer.state.global_step)
+        if report is not None and report.pushed:
+            for name, value in report.metrics().items():
+                self.trainer.recorder.set(name, value)
+
     def sample(self, rows: list[dict[str, Any]], params: SamplingParams | None = None) -> Rollouts:
-        """A completion for each row. All processes must call it, if need be with no rows."""
+        """A completion for each row. All processes must call it, if need be with no rows.
+
+        Raises:
+            RuntimeError: also where another process failed, so that all of them stop.
+        """
         params = params or self.params()
-        prompts, prompt_ids, images = self._tokenize([row["prompt"] for row in rows], rows)
-        sampled = self.generate(prompt_ids, params, images=images)
-        n = len(rows)
+        prepared, error = None, None
+        try:
+            prepared = self._prepare(rows)
+        except Exception as problem:
+            error = problem
+        raise_together(self.trainer.accelerator, error)
+        assert prepared is not None
+        self.refresh()
+        rollouts = None
+        try:
+            rollouts = self._sample(prepared, params)
+        except Exception as problem:
+            error = problem
+        raise_together(self.trainer.accelerator, error)
+        assert rollouts is not None
+        return rollouts
+
+    def _prepare(self, rows: list[dict[str, Any]]) -> "_Prepared":
+        """What is sampled from, yet without tokens of the model."""
+        if self.environments is not None:
+            episodes = self.environments.start(rows)
+            prompts, tools = episodes.prompts, episodes.tools
+            environments: list[Any] | None = episodes.environments
+        else:
+            prompts, environments = [row["prompt"] for row in rows], None
+            tools = row_tools(self.tools, rows) if self.tools else []
+        if self.rollout_func is not None:
+            return _Prepared(rows, prompts, [], tools, None, None, environments)
+        pictures = inputs = None
+        if rows and self.processor is not self.tokenizer:
+            prompts, prompt_ids, pictures, inputs = self._tokenize_with_images(prompts, rows, tools)
+        else:
+            prompt_ids = self._tokenize(prompts, tools)
+        return _Prepared(rows, prompts, prompt_ids, tools, pictures, inputs, environments)
+
+    def _sample(self, given: "_Prepared", params: SamplingParams) -> Rollouts:
+        rows, n = given.rows, len(given.rows)
+        extra: dict[str, list[Any]] = {}
+        counts: dict[str, float] = {}
+        prompt_ids = given.prompt_ids
+        completions = None
+        # Another engine prepares images itself.
+        images = given.pictures if self.trainer.args.use_vllm else given.images
+        if self.rollout_func is not None:
+            custom = call_rollout_func(self.rollout_func, given.prompts, self.trainer)
+            prompt_ids, extra = custom.prompt_ids, custom.extra
+            ends = [*self.end_ids, self.tokenizer.pad_token_id]
+            sampled = sampled_from_ids(custom.completion_ids, ends)
+            sampled.logps, sampled.tool_mask = custom.logps, custom.tool_mask
+        elif self._converses:
+            rollout = run_with_tools(
+                self.generate,
+                given.prompts,
+                prompt_ids,
+                tokenizer=self.processor,
+                tools=given.tools,
+                params=params,
+                max_iterations=self.trainer.args.max_tool_calling_iterations,
+                chat_template=self._template,
+                chat_template_kwargs=self.trainer.args.chat_template_kwargs,
+                timeout=getattr(self.trainer.args, "tool_timeout", TOOL_TIMEOUT),
+                max_length=self._longest(),
+                images=images,
+                anyone=self._anyone,
+            )
+            sampled, completions, counts = rollout, rollout.completions, tool_totals(rollout)
+        else:
+            sampled = self.generate(prompt_ids, params, images=images)
+        if completions is None:
+            conversational = bool(rows) and is_messages(given.prompts[0])
+            completions = self._decode(sampled.completion_ids, conversational)
         return Rollouts(
             rows=rows,
-            prompts=prompts,
-            completions=self._decode(sampled.completion_ids, conversational=bool(rows) and is_messages(prompts[0])),
+            prompts=given.prompts,
+            completions=completions,
             prompt_ids=prompt_ids,
             completion_ids=sampled.completion_ids,
             finished=sampled.finished,
             logps=list(sampled.logps) if sampled.logps is not None else [None] * n,
             entropies=list(sampled.entropies) if sampled.entropies is not None else [None] * n,
             tool_masks=list(sampled.tool_mask) if sampled.tool_mask is not None else [None] * n,
-            images=images,
+            environments=given.environments,
+            extra=extra,
+            images=given.images,
+            pictures=given.pictures,
+            counts=counts,
         )
 
-    def _tokenize(
-        self, prompts: list[Any], rows: list[dict[str, Any]]
-    ) -> tuple[list[Any], list[list[int]], list[dict[str, Tensor]] | None]:
-        """(prompts, their token ids, what the model gets of their images)."""
+    def _anyone(self, here: bool) -> bool:
+        """Whether any process says so."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return here
+        return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())
+
+    def _longest(self) -> int | None:
+        """Tokens of prompt and completion that the model can take."""
+        given = getattr(self.trainer.args, "vllm_max_model_length", None) if self.trainer.args.use_vllm else None
+        return given or getattr(self.trainer.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _tokenize(self, prompts: list[Any], tools: list[ToolSet]) -> list[list[int]]:
         settings = self.trainer.args.chat_template_kwargs or {}
         if not prompts:
-            return prompts, [], None
-        if self.processor is not self.tokenizer:
-            return self._tokenize_with_images(prompts, rows, settings)
-        if not is_messages(prompts[0]):
-            return prompts, self.tokenizer(text=prompts)["input_ids"], None
-        ids = self.tokenizer.apply_chat_template(
-            conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **settings
-        )["input_ids"]
-        return prompts, ids, None
+            return []
+        if not is_messages(prompts[0]) and not self._converses:
+            return self.tokenizer(text=prompts)["input_ids"]
+        return tokenize_tool_prompts(self.tokenizer, prompts, tools or [{}] * len(prompts), self._template, settings)
 
     def _tokenize_with_images(
-        self, prompts: list[Any], rows: list[dict[str, Any]], settings: dict[str, Any]
-    ) -> tuple[list[Any], list[list[int]], list[dict[str, Tensor]] | None]:
+        self, prompts: list[Any], rows: list[dict[str, Any]], tools: list[ToolSet]
+    ) -> tuple[list[Any], list[list[int]], list[list[Any]] | None, list[dict[str, Tensor]] | None]:
         """Prompt by prompt, so that what belongs to each stays apart; a group's copies are processed once."""
-        with_places, ids, inputs = [], [], []
-        previous: tuple[Any, Any] | None = None
-        for prompt, row in zip(prompts, rows):
+        settings: dict[str, Any] = {**(self.trainer.args.chat_template_kwargs or {})}
+        if self._template is not None:
+            settings["chat_template"] = self._template
+        with_places, ids, pictures, inputs = [], [], [], []
+        previous: tuple[Any, Any, Any] | None = None
+        for prompt, row, own in zip(prompts, rows, tools or [{}] * len(prompts)):
             images = row_images(row)
-            if images and not is_messages(prompt):
-                raise ValueError(
-                    "The dataset has images, but its prompts are texts; pass prompts as lists of messages, so that the "
-                    "chat template says where an image stands."
-                )
-            if previous is None or previous[0] != prompt or (previous[1] is not images and previous[1] != images):
-                placed = prepare_multimodal_messages(prompt, images or None) if is_messages(prompt) else prompt
-                text = placed
-                if is_messages(prompt):
-                    text = self.processor.apply_chat_template(
-                        placed, add_generation_prompt=True, tokenize=False, **settings
+            if not is_messages(prompt):
+                if images:
+                    raise ValueError(
+                        "The dataset has images, but its prompts are texts; pass prompts as lists of messages, so that "
+                        "the chat template says where an image stands."
                     )
-                found = self.processor(
-                    text=[text],
-                    images=[images] if images else None,
-                    return_tensors="pt",
-                    add_special_tokens=not is_messages(prompt),
+                placed, found = prompt, self.processor(text=[prompt], return_tensors="pt")
+            elif previous is None or previous != (prompt, images, [*own]):
+                placed = prepare_multimodal_messages(prompt, images or None)
+                images_placed = [
+                    part["image"]
+                    for message in placed
+                    for part in message["content"] or []
+                    if part["type"] == "image" and part.get("image") is not None
+                ]
+                text = self.processor.apply_chat_template(
+                    placed, tools=schemas(own), add_generation_prompt=True, tokenize=False, **settings
                 )
-                tokens = found["input_ids"][0].tolist()
-                of_images = image_inputs(found) | {n: found[n][0] for n in TOKEN_TYPES if n in found}
-                previous = prompt, images
+                found = process(self.processor, [text], [images_placed])
+                previous = prompt, images, [*own]
             with_places.append(placed)
-            ids.append(tokens)
+            ids.append(torch.as_tensor(found["input_ids"])[0].tolist())
+            pictures.append([] if not is_messages(prompt) else images_placed)
+            of_images = image_inputs(found) | {
+                name: torch.as_tensor(found[name])[0] for name in TOKEN_TYPES if name in found
+            }
             inputs.append({name: value for name, value in of_images.items() if isinstance(value, Tensor)})
-        return with_places, ids, inputs if any(inputs) else None
+        seen = any(pictures)
+        return with_places, ids, pictures if seen else None, inputs if seen else None
 
     def _decode(self, completion_ids: list[list[int]], conversational: bool) -> list[Any]:
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -251,6 +395,22 @@ def as_batch(trainer: Any, rollouts: Rollouts, temperature: float, cap: int) -> 
 
 def _on(device: Any, images: "list[dict[str, Tensor]] | None") -> "list[dict[str, Tensor]] | None":
     return images and [{name: value.to(device) for name, value in row.items()} for row in images]
+
+
+def prompts_of_environments(args: Any) -> Dataset:
+    """A dataset for environments that bring their own tasks: as many rows as the run draws.
+
+    Raises:
+        ValueError: `max_steps` does not say how long the run is.
+    """
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"`max_steps` is {args.max_steps} and there is no `train_dataset`, so nothing says how long to train; set "
+            "`max_steps`, or pass a dataset."
+        )
+    cycle = args.steps_per_generation * args.num_iterations
+    batches = -(-args.max_steps * args.gradient_accumulation_steps // cycle)
+    return environment_dataset(batches * args.generation_batch_size // args.num_generations)
 
 
 def check_prompts(train_dataset: Any, eval_dataset: Any, args: Any, *, environments: bool = False) -> None:
