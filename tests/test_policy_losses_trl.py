@@ -315,6 +315,10 @@ def test_vespo_far_off_the_policy(trl_grpo):
     found = ours(data, "vespo")
     torch.testing.assert_close(found[1][0], expected[1][0])
     assert found[2]["vespo/phi_seq_mean"] == pytest.approx(expected[2]["vespo/phi_seq_mean"], abs=1e-12)
+    # With exponents near 0, where W is cut off shows.
+    exponents = {"k_pos": 0.02, "k_neg": 0.01, "lambda_pos": 1e-3, "lambda_neg": 1e-3}
+    theirs = by_trl(trl_grpo, data, loss_type="vespo", **{f"vespo_{name}": value for name, value in exponents.items()})
+    assert_same(ours(data, "vespo", **exponents), theirs)
 
 
 @pytest.mark.parametrize("settings", [{}, {"beta": 0.2}, {"top_entropy_quantile": 0.5}])
