@@ -95,15 +95,15 @@ class SharedPromptLayer(CacheLayerMixin):
             new[:, :, : self.length] = old[:rows, :, : self.length]
         return new
 
-    def prompt(self) -> tuple[Tensor, Tensor, int]:
-        """Keys and values of the prompt tokens that the newest token sees, and how many columns are left out in front.
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompt tokens that the newest token sees, the last columns of all.
 
         Prompts are padded on the left, so the window has the same place in all rows.
         """
         columns = self.prompt_keys.size(2)
         seen = columns if self.window is None else min(columns, max(0, self.window - self.length))
         first = columns - seen
-        return self.prompt_keys[:, :, first:], self.prompt_values[:, :, first:], first
+        return self.prompt_keys[:, :, first:], self.prompt_values[:, :, first:]
 
     def move_rows(self, to: Tensor, source: Tensor) -> None:
         for buffer in (self.keys, self.values):
@@ -267,7 +267,7 @@ def attend(
         raise NotImplementedError(f"attention with {(unknown or ['attention_mask'])[0]!r}")
     cache = _active[-1]
     index: Any = module.layer_idx
-    prompt_keys, prompt_values, skipped = cache.layers[index].prompt()
+    prompt_keys, prompt_values = cache.layers[index].prompt()
     groups = cache.groups
     rows, query_heads, _, size = query.shape
     heads = key.size(1)
@@ -279,7 +279,7 @@ def attend(
         if softcap is not None:
             met = torch.tanh(met / softcap) * softcap
         if cache.bias is not None:
-            met = met + cache.bias[..., skipped:].to(met.dtype)
+            met = met + cache.bias[..., -columns:].to(met.dtype)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         logits = torch.cat([_by_row(met, groups), logits], -1)

@@ -18,10 +18,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -193,6 +191,8 @@ def sample(
     """
     params = _settled(params, prompt_ids, caps)
     limits = [params.max_new_tokens] * len(prompt_ids) if caps is None else list(caps)
+    if max_batch_tokens is not None and max_batch_tokens < 1:
+        raise ValueError(f"max_batch_tokens is {max_batch_tokens}; choose 1 or more, or None for no bound.")
     reason = "the model gets more than tokens" if model_inputs else None
     if cache_implementation not in (None, "dynamic"):
         reason = f"cache_implementation is {cache_implementation!r}"
@@ -461,7 +461,7 @@ def _sample_batch(
     owners = [number for number, group in enumerate(groups) for _ in group]
     most = max(caps[row] for row in rows)
     logits, cache = _prefill(run, prompts, Groups.of(owners, len(prompts), device), most)
-    batch = _Batch(run, prompts, owners, [caps[row] for row in rows], cache)
+    batch = _Batch(run, prompts, owners, [caps[row] for row in rows], cache, logits.size(-1))
     logits = logits[batch.owner]
 
     ids = torch.zeros(len(rows), most, dtype=torch.long, device=device)
@@ -469,9 +469,7 @@ def _sample_batch(
     lengths, finished = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
     stops = _StopTexts(run.tokenizer, params.stop, [prompts[owner] for owner in owners]) if params.stop else None
     for step in range(most):
-        tokens, logp, entropy = _next_tokens(
-            logits, params, batch.seen, batch.processors, batch.history, run.generator
-        )
+        tokens, logp, entropy = _next_tokens(logits, params, batch.scores(logits), run.generator)
         ids[batch.slot, step], logps[batch.slot, step], entropies[batch.slot, step] = tokens, logp, entropy
         by_itself = (tokens[:, None] == run.ends).any(1)
         if stops is not None:
@@ -506,11 +504,18 @@ class _Batch:
             first token. All (n,).
         alive: whether it goes on, (n,); `running` of them do.
         seen: the tokens that the repetition penalty is for, (n, V); None without it.
-        history: prompts and completions, for transformers' processors, (n, P + tokens); None without them.
+        processors: transformers' logits processors, if the settings need them, for each length of a prompt.
+        history: prompts and completions, for the processors, (n, P + tokens); None without them.
     """
 
     def __init__(
-        self, run: _Run, prompts: list[list[int]], owners: list[int], caps: list[int], cache: SharedPromptCache
+        self,
+        run: _Run,
+        prompts: list[list[int]],
+        owners: list[int],
+        caps: list[int],
+        cache: SharedPromptCache,
+        vocabulary: int,
     ):
         device = run.device
         self.cache = cache
@@ -520,16 +525,34 @@ class _Batch:
         self.position = torch.tensor([len(prompt) for prompt in prompts], device=device)[self.owner]
         self.alive = torch.ones(len(owners), dtype=torch.bool, device=device)
         self.running = len(owners)
+        self.params = run.params
+        self.longest = max(map(len, prompts))
         self.seen: Tensor | None = None
-        if run.params.repetition_penalty != 1.0:
-            seen = torch.zeros(len(prompts), run.vocabulary, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                seen[row, [token for token in prompt if token < run.vocabulary]] = True
-            self.seen = seen.to(device)[self.owner]
         self.history: Tensor | None = None
-        self.processors = _processors(run, max(map(len, prompts)), self)
-        if self.processors is not None:
-            self.history = pad_ids(prompts, run.pad_id, "left")[0].to(device)[self.owner]
+        self.processors: dict[int, LogitsProcessorList] = {}
+        if _is_processed(run.params):
+            self.processors = {length: _processors(run, length) for length in {*map(len, prompts)}}
+            self.history = pad_ids(prompts, 0, "left")[0].to(device)[self.owner]
+        elif run.params.repetition_penalty != 1.0:
+            seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                seen[row, [token for token in prompt if token < vocabulary]] = True
+            self.seen = seen.to(device)[self.owner]
+
+    def scores(self, logits: Tensor) -> Tensor | None:
+        """What `_next_tokens` draws from instead of the logits, (n, V)."""
+        if self.seen is not None:
+            return _penalised(logits.float(), self.seen, self.params.repetition_penalty)
+        if self.history is None:
+            return None
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        for length, processors in self.processors.items():
+            # Prompts of one length at a time: processors count tokens and look for some, and padding is not to matter.
+            rows = (self.position == length).nonzero().squeeze(1)
+            history: Any = self.history[rows, self.longest - length :]
+            if len(rows):
+                scores[rows] = processors(history, logits[rows].float())
+        return scores
 
     def add(self, tokens: Tensor, step: int) -> None:
         """Remember the tokens sampled at this step."""
@@ -604,33 +627,27 @@ def _step(run: _Run, cache: SharedPromptCache, tokens: Tensor, position: Tensor)
 
 
 def _next_tokens(
-    logits: Tensor,
-    params: SamplingParams,
-    seen: Tensor | None,
-    processors: LogitsProcessorList | None,
-    history: Any,
-    generator: torch.Generator | None,
+    logits: Tensor, params: SamplingParams, scores: Tensor | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens drawn from logits (N, V), their log-probabilities and the entropies, (N,) each.
 
     The latter two are those of `softmax(logits / temperature)`, whatever penalties and truncation do to the draw.
+
+    Args:
+        scores: what to draw from, if that is not the logits, (N, V): the logits with penalties, before temperature and
+            truncation; or, if `params.extra` asks for transformers' processors, what those made of them, all done.
     """
     logits = logits.float()
     scaled = logits / (params.temperature or 1.0)
     scaled -= scaled.amax(-1, keepdim=True)
     probs = torch.softmax(scaled, -1)
-    if processors is not None:
-        scores = processors(history, logits)
-    elif seen is not None:
-        scores = _penalised(logits, seen, params.repetition_penalty)
-    else:
-        scores = scaled
     if params.temperature == 0.0:
-        tokens = scores.argmax(-1)
-    elif processors is not None:
+        tokens = (scaled if scores is None else scores).argmax(-1)
+    elif _is_processed(params):
+        assert scores is not None
         tokens = _draw(torch.softmax(scores, -1), generator)
     else:
-        weights = probs if scores is scaled else torch.softmax(scores / params.temperature, -1)
+        weights = probs if scores is None else torch.softmax(scores / params.temperature, -1)
         weights, ids = _truncated(weights, params)
         tokens = _draw(weights, generator)
         if ids is not None:
@@ -640,6 +657,10 @@ def _next_tokens(
     logps = scaled.gather(1, tokens[:, None]).squeeze(1) - log_sum
     entropies = log_sum - (probs * scaled.clamp_(min=torch.finfo(scaled.dtype).min)).sum(-1)
     return tokens, logps, entropies
+
+
+def _is_processed(params: SamplingParams) -> bool:
+    return bool(params.extra.keys() & _PROCESSED)
 
 
 def _penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -692,30 +713,14 @@ def _draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.searchsorted(sums, torch.minimum(drawn, torch.nextafter(total, -total)), right=True).squeeze(1)
 
 
-def _processors(run: _Run, prompt_length: int, batch: _Batch) -> LogitsProcessorList | None:
-    """Transformers' logits processors for all settings, in its order, if `extra` needs some; else None."""
-    params = run.params
-    if not params.extra.keys() & _PROCESSED:
-        return None
-    config = GenerationConfig(**_generation_settings(params))
+def _processors(run: _Run, prompt_length: int) -> LogitsProcessorList:
+    """Transformers' logits processors for all settings, in its order, for prompts of this length."""
+    config = GenerationConfig(**_generation_settings(run.params))
     # What `generate` derives from the config before it asks for the processors.
     config._eos_token_tensor = run.ends if len(run.ends) else None
-    found = run.base._get_logits_processor(
+    return run.base._get_logits_processor(
         generation_config=config, input_ids_seq_length=prompt_length, device=run.device, model_kwargs={}
     )
-    own = [_SeenPenalty(batch, p.penalty) if isinstance(p, RepetitionPenaltyLogitsProcessor) else p for p in found]
-    return LogitsProcessorList(own)
-
-
-class _SeenPenalty(LogitsProcessor):
-    """The repetition penalty on the tokens that a batch has seen: without padding, and for the rows that are left."""
-
-    def __init__(self, batch: _Batch, penalty: float):
-        self.batch, self.penalty = batch, penalty
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        assert self.batch.seen is not None
-        return _penalised(scores, self.batch.seen, self.penalty)
 
 
 def _generation_settings(params: SamplingParams) -> dict[str, Any]:
