@@ -447,8 +447,9 @@ def test_pass_at_k_of_no_completion_is_refused():
 
 def test_zero_variance_is_judged_on_the_rewards():
     """Also where advantages are divided by the std of the batch, which differs from 0; rounding is no difference."""
-    rewards = torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3, 1.0, 0.0, 1.0, 0.0])
-    assert sum_then_normalize(rewards[:, None], torch.ones(1), 4, "batch").std.min() > 0.1
+    rewards = torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    assert rewards[0] != rewards[1]
+    assert sum_then_normalize(rewards[:, None], rewards.new_ones(1), 4, "batch").std.min() > 0.1
     assert advantages.zero_variance_groups(rewards, 4).tolist() == [True, False]
     tiny = torch.tensor([1e-7, 2e-7, 0.0, 0.0])
     assert advantages.zero_variance_groups(tiny, 2).tolist() == [False, True]
@@ -458,6 +459,7 @@ def test_zero_variance_of_several_functions():
     """Every function has to be without spread: GDPO learns from groups whose sums are equal."""
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 3.0], [2.0, 3.0], [NAN, 1.0], [NAN, NAN]])
     assert advantages.zero_variance_groups(rewards, 2).tolist() == [False, True, True]
+    assert advantages.zero_variance_groups(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), 2).tolist() == [False]
     assert advantages.zero_variance_groups(rewards.nansum(1), 2).tolist() == [True, True, False]
 
 

@@ -231,8 +231,8 @@ def pass_at_k(rewards: Tensor, group_size: int, k: int, passed: float = 1.0) -> 
     Every k of the group's completions are a sample that scores 1 if one of them passes. Samples are normalised by their
     mean and (population) std, and a completion's advantage is the mean over the samples that it is in: where m of n
     completions fail, and so `q = C(m, k) / C(n, k)` of the samples, `q / std` for one that passes and
-    `(q - C(m - 1, k - 1) / C(n - 1, k - 1)) / std` for one that fails, `std = sqrt(q (1 - q))`; 0 where std is 0. Where
-    fewer than k are scorable, k is their number.
+    `(q - C(m - 1, k - 1) / C(n - 1, k - 1)) / std` for one that fails, `std = sqrt(q (1 - q))`; 0 where std is 0, or
+    no more than k are scorable.
 
     Args:
         passed: the reward from which a completion passes.
@@ -252,8 +252,7 @@ def pass_at_k(rewards: Tensor, group_size: int, k: int, passed: float = 1.0) -> 
 
 def _pass_at_k(n: int, m: int, k: int) -> tuple[float, float]:
     """(advantage of a completion that passes, of one that fails) where m of n fail."""
-    k = min(k, n)
-    if k == 0 or m < k or m == n:  # all samples score the same
+    if m < k or m == n:  # all samples score the same
         return 0.0, 0.0
     q = math.comb(m, k) / math.comb(n, k)
     std = math.sqrt(q * (1 - q))
