@@ -488,7 +488,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         return per_function
 
     def _replay(self, batch: RolloutBatch, found: group_advantages.GroupAdvantages, local: slice) -> RolloutBatch:
-        """Put informative groups of earlier policies in the place of groups that teach nothing (arXiv 2504.05520)."""
+        """Put informative groups of earlier policies in the place of groups that teach nothing (arXiv 2504.08837)."""
         group = self.args.num_generations
         advantages = found.advantages if found.advantages.ndim == 1 else found.advantages.abs().amax(1)
         std = group_advantages.group_std(found.rewards[local], group)
@@ -605,19 +605,20 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         level = "sequence" if args.loss_type == "luspo" else args.importance_sampling_level
         ratio = policy.importance_log_weights(log_ratio, mask, level).exp()
 
-        objective = self._objective(logps, log_ratio, ratio, advantages, mask, epsilon_high, batch)
-        token_loss = objective.loss
-        if args.off_policy_mask_threshold is not None:
-            sampled = batch.sampler_logps if args.use_vllm else None
-            drift = log_ratio if sampled is None else torch.nan_to_num(logps - sampled, nan=0.0)
-            token_loss = token_loss * policy.on_policy_sequences(
-                advantages, drift, mask, args.off_policy_mask_threshold
-            )
         used = mask
         if args.top_entropy_quantile < 1.0:
             limit = measures.entropy_limit(self.accelerator, entropies, mask, args.top_entropy_quantile)
-            used = mask * policy.high_entropy_tokens(entropies, mask, args.top_entropy_quantile, limit=limit)
+            used = policy.high_entropy_tokens(entropies, mask, args.top_entropy_quantile, limit=limit)
+        objective = self._objective(logps, log_ratio, ratio, advantages, mask, used, epsilon_high, batch)
+        token_loss = objective.loss
+        if used is not mask and args.loss_type != "gmpo":  # whose mean of a completion has left the other tokens out
             token_loss = token_loss * used
+        if args.off_policy_mask_threshold is not None:
+            sampled = batch.sampler_logps if args.use_vllm else None
+            drift = log_ratio if sampled is None else logps - sampled
+            token_loss = token_loss * policy.on_policy_sequences(
+                advantages, drift, mask, args.off_policy_mask_threshold
+            )
         if args.covariance_control == "clip_cov":
             token_loss = token_loss * policy.clip_cov(
                 logps,
@@ -673,11 +674,18 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         ratio: Tensor,
         advantages: Tensor,
         mask: Tensor,
+        used: Tensor,
         epsilon_high: float,
         batch: RolloutBatch,
     ) -> "Objective":
-        """The loss of each token (or completion) before it is averaged, and what of it is logged."""
+        """The loss of each token (or completion) before it is averaged, and what of it is logged.
+
+        `used` is 1 on the tokens that the policy loss is to use, all those in `mask` or a share of them.
+        """
         args, kind = self.args, self.args.loss_type
+        epsilon = args.epsilon
+        if args.covariance_control == "kl_cov":  # it holds the ratios in the place of clipping
+            epsilon = epsilon_high = math.inf
         if kind == "cispo":
             clipped = policy.cispo_clip_fraction(ratio, advantages, epsilon_high)
             return Objective(policy.cispo(ratio, logps, advantages, epsilon_high), {"cispo_clip_ratio": clipped})
@@ -699,13 +707,13 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         if kind in ("gpg", "reinforce"):
             return Objective(policy.reinforce(logps, advantages), {})
         if kind == "gmpo":
-            loss = policy.gmpo(log_ratio, advantages, mask, args.epsilon, epsilon_high)
-            clipped = policy.clip_fractions(log_ratio.detach(), advantages, args.epsilon, epsilon_high, centre=0.0)
+            loss = policy.gmpo(log_ratio, advantages, used, epsilon, epsilon_high)
+            clipped = policy.clip_fractions(log_ratio.detach(), advantages, epsilon, epsilon_high, centre=0.0)
         else:
             bounded = ratio if args.delta is None else ratio.clamp(max=args.delta)
-            clipped = policy.clip_fractions(bounded.detach(), advantages, args.epsilon, epsilon_high)
+            clipped = policy.clip_fractions(bounded.detach(), advantages, epsilon, epsilon_high)
             loss = policy.clipped_surrogate(
-                ratio, advantages, args.epsilon, epsilon_high, args.delta, dual_clip=args.dual_clip
+                ratio, advantages, epsilon, epsilon_high, args.delta, dual_clip=args.dual_clip
             )
         return Objective(loss, dict(zip(("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"), clipped)))
 

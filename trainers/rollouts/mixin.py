@@ -232,6 +232,10 @@ class RewardMixin(SamplingMixin):
             log_metric=self._log_metric,
             environments=rollouts.environments,
         )
+        for name, seconds in self.rewards.calls.seconds.items():
+            self.recorder.set(f"rewards/{name}/seconds", seconds)
+        for name, failures in self.rewards.calls.failures.items():
+            self.recorder.set(f"rewards/{name}/failures", failures)
         return gather_rows(self.accelerator, local.to(self.accelerator.device))
 
     def _old_logps(self, batch: RolloutBatch) -> Tensor:

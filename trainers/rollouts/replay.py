@@ -1,7 +1,7 @@
 """Informative groups of earlier policies, kept to be trained on in the place of groups that teach nothing.
 
 A group is informative if its rewards differ: its score is the sum of its absolute advantages times the standard
-deviation of its rewards (selective sample replay, arXiv 2504.05520). What is replayed carries the log-probabilities
+deviation of its rewards (selective sample replay, arXiv 2504.08837). What is replayed carries the log-probabilities
 of the policy that sampled it, so the ratio of the loss stays right.
 """
 
