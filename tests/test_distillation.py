@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from outspoken.trainers.config import live_fields
 from outspoken.trainers.distillation import DistillationConfig, DistillationTrainer
 from outspoken.trainers.losses.distillation import label_divergence
-from outspoken.trainers.rollouts.batch import sampled_from_ids
+from outspoken.trainers.rollouts.batch import Sampled, sampled_from_ids
 
 PROMPTS = ["The sky", "What is 2 + 2?", "green grass", "the quick brown fox", "It is", "dog", "What", "lazy dog"]
 ANSWERS = [" is blue.", " It is 4.", " and the sky", "", " 7", " jumps over the lazy dog", " color?", "."]
@@ -148,6 +148,19 @@ def test_constructor_arguments_are_trls():
     assert list(inspect.signature(DistillationTrainer.__init__).parameters) == theirs
 
 
+def test_trls_config_is_converted(trainer, tmp_path):
+    import trl
+
+    args = trl.DistillationConfig(
+        str(tmp_path / "trl"), beta=0.25, teacher_model_init_kwargs=None, max_completion_length=7, use_cpu=True,
+        bf16=False, report_to="none", generation_kwargs={"seed": 3},
+    )  # fmt: skip
+    found = trainer(args=args).args
+    assert isinstance(found, DistillationConfig)
+    assert (found.beta, found.max_completion_length, found.generation_kwargs) == (0.25, 7, {"seed": 3})
+    assert (found.lmbda, found.teacher_top_k) == (1.0, None)
+
+
 def test_live_fields():
     bounds = live_fields(DistillationConfig)
     assert {"learning_rate", "beta", "temperature", "max_completion_length", "lmbda", "teacher_top_k"} <= bounds.keys()
@@ -248,6 +261,58 @@ def test_top_k_teacher(trainer, add_tail):
     whole.train()
     assert logged(run, "loss") != pytest.approx(logged(whole, "loss"), rel=1e-3)
     assert logged(run, "distillation/forward_kl") == pytest.approx(logged(whole, "distillation/forward_kl"), rel=1e-4)
+
+
+def test_what_tools_wrote_carries_no_loss(trainer):
+    run = trainer(beta=1.0, max_steps=1, learning_rate=0.0)
+    run.rollouts.generate = lambda prompt_ids, params, **_: Sampled(
+        [[10, 11, 12, 13, 0]] * len(prompt_ids),
+        [True] * len(prompt_ids),
+        tool_mask=[[1, 0, 0, 1, 1]] * len(prompt_ids),
+    )
+    batches = watched(run)
+    run.train()
+    total = 0.0
+    for prompt, completion, with_loss in pairs(batches[0]):
+        assert with_loss == [10, 13, 0]
+        ids = torch.tensor([prompt + completion])
+        with torch.no_grad():
+            s, t = (model(ids).logits[0, len(prompt) - 1 : -1].softmax(-1) for model in (run.model, run.teacher_model))
+        total += float((s * (s / t).log()).sum(-1)[[0, 3, 4]].sum())
+    assert logged(run, "loss")[0] == pytest.approx(total / (3 * len(batches[0])), rel=1e-4)
+    assert logged(run, "completions/mean_length") == [3.0]
+
+
+def clock(zone: str) -> str:
+    """Tell the time.
+
+    Args:
+        zone: the time zone.
+    """
+    return "green grass"
+
+
+def test_tools(trainer, tiny_tokenizer_factory):
+    """A call is answered, and the student is trained on what it wrote before and after."""
+    run = trainer(
+        tools=[clock], processing_class=tiny_tokenizer_factory(), max_steps=1, max_completion_length=120,
+        train_dataset=Dataset.from_list([{"prompt": CHAT[:1]}] * 4), per_device_train_batch_size=2,
+    )  # fmt: skip
+    call = '<tool_call>{"name": "clock", "arguments": {"zone": "here"}}</tool_call><|im_end|>'
+    encode = run.processing_class.encode
+
+    def generate(prompt_ids, params, **_):
+        asked = "green grass" in run.processing_class.decode(prompt_ids[0])
+        return sampled_from_ids([encode("It is 7.<|im_end|>" if asked else call)] * len(prompt_ids), [3])
+
+    run.rollouts.generate = generate
+    batches = watched(run)
+    run.train()
+    for prompt, completion, with_loss in pairs(batches[0]):
+        decode = run.processing_class.decode
+        assert "clock" in decode(prompt) and "green grass" in decode(completion)
+        assert decode(with_loss) == call + "It is 7.<|im_end|>"
+    assert logged(run, "tools/call_frequency") == [1.0] and logged(run, "tools/failure_frequency") == [0.0]
 
 
 def test_a_batch_without_a_token_teaches_nothing(trainer, tiny_model_factory):

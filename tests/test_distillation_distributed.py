@@ -95,7 +95,7 @@ def train(variant, folder, model_dir, teacher_dir):
     )
     trainer.train()
     trainer.evaluate()
-    if not (lora and trainer.is_fsdp_enabled):
+    if not (lora and trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
         trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         kind = str(trainer.accelerator.distributed_type)
@@ -219,8 +219,9 @@ def test_two_processes_are_like_one(ran, spread, variant):
     if spread == "fsdp1" and variant == "head":
         return  # FSDP1 gathers an adapter with its full state, which fails on a CPU
     found = weights(two / "model")
-    if not found and "fsdp" in spread and variant == "head":
-        return
+    if variant == "head":
+        # Beside an adapter on the head peft also saves the head, but not from what is sharded.
+        found, expected = ({n: v for n, v in each.items() if "lora_" in n} for each in (found, expected))
     assert found.keys() == expected.keys() and found
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")

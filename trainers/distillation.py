@@ -42,6 +42,7 @@ from outspoken.trainers.data.formats import (
     prepare_multimodal_messages,
 )
 from outspoken.trainers.data.supervised import with_eos
+from outspoken.trainers.data.vision import expect_unused_parameters
 from outspoken.trainers.losses.distillation import TokenDivergence, label_divergence
 from outspoken.trainers.measuring import end_token_ids, raise_together
 from outspoken.trainers.model_card import ModelCardMixin
@@ -175,6 +176,7 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         self._has_completions = _has_completions(train_dataset, "train_dataset")
 
         processing = prepare_processing(model, args, processing_class, trainer="DistillationTrainer", images=True)
+        expect_unused_parameters(processing.processor, args)
         teacher = _teacher(teacher_model, model, args)
         student = prepare_model(
             model, args, processing, peft_config=peft_config, quantization_config=quantization_config
