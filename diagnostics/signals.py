@@ -12,12 +12,14 @@ Config = Mapping[str, Any]
 
 GRPO = ("grpo",)
 RL = ("grpo", "rloo", "ppo", "online_dpo")
+SAMPLING = (*RL, "distillation")  # methods that train on what the policy samples
 SUPERVISED = ("sft", "reward", "pretrain")
 PREFERENCE = ("dpo", "kto", "orpo", "cpo", "simpo", "bco")
 REFERENCED = ("dpo", "kto", "bco")  # preference losses with a reference policy
 PAIRED = ("dpo", "orpo", "cpo", "simpo")  # a chosen and a rejected answer to each prompt
 LABELLED = ("sft", "pretrain", *PREFERENCE)  # single tokens carry the loss
 REWARD = ("reward",)
+DISTILLATION = ("distillation",)
 ALL = (*RL, *SUPERVISED, *PREFERENCE, "distillation", "unknown")
 TOKENS = tuple(method for method in ALL if method != "reward")  # methods that predict tokens
 
@@ -48,6 +50,34 @@ def _batch_scaled(config: Config) -> bool:
     return config.get("scale_rewards") == "batch" or config.get("multi_objective_aggregation") == "normalize_then_sum"
 
 
+def _no_clip(config: Config) -> bool:
+    return config.get("loss_type") in ("cispo", "sapo", "vespo", "gpg", "reinforce")
+
+
+def _not_cispo(config: Config) -> bool:
+    return config.get("loss_type") != "cispo"
+
+
+def _not_vespo(config: Config) -> bool:
+    return config.get("loss_type") != "vespo"
+
+
+def _no_dynamic_sampling(config: Config) -> bool:
+    return config.get("dynamic_sampling") is not True
+
+
+def _no_replay(config: Config) -> bool:
+    return not config.get("replay_buffer_size")
+
+
+def _no_vllm(config: Config) -> bool:
+    return config.get("use_vllm") is not True
+
+
+def _no_teacher_data(config: Config) -> bool:
+    return config.get("lmbda", 1.0) == 1.0
+
+
 def _no_router_loss(config: Config) -> bool:
     return config.get("router_aux_loss_coef") == 0
 
@@ -72,6 +102,11 @@ def on_policy(config: Config) -> bool:
         return False
     return bool(iterations == 1 and per_generation <= accumulation and not config.get("use_vllm"))
 
+
+_NO_CLIP = "loss_type is one without a clip of the ratio"
+_NO_DYNAMIC = "dynamic_sampling=False"
+_NO_REPLAY = "replay_buffer_size=0"
+_OWN = "use_vllm=False: the policy itself samples"
 
 _ROWS = [
     # every trainer
@@ -121,41 +156,90 @@ _ROWS = [
     Signal("advantages/abs_mean", "1", "mean absolute advantage", RL, 0),
     Signal("advantages/zero_share", "share of completions", "completions without advantage", RL, 0, 1, "num_completions"),
     # online RL: completions
-    Signal("num_completions", "completions", "completions scored in the step", RL, 0),
-    Signal("completions/mean_length", "tokens", "mean completion length", RL, 0),
-    Signal("completions/min_length", "tokens", "shortest completion", RL, 0),
-    Signal("completions/max_length", "tokens", "longest completion; sits at the cap in healthy runs", RL, 0),
+    Signal("num_completions", "completions", "completions scored in the step", SAMPLING, 0),
+    Signal("completions/mean_length", "tokens", "mean completion length", SAMPLING, 0),
+    Signal("completions/min_length", "tokens", "shortest completion", SAMPLING, 0),
+    Signal("completions/max_length", "tokens", "longest completion; sits at the cap in healthy runs", SAMPLING, 0),
     Signal(
         "completions/clipped_ratio",
         "share of completions",
         "completions that did not end with an end token: cut by max_completion_length",
-        RL,
+        SAMPLING,
         0,
         1,
         weight="num_completions",
     ),
-    Signal("completions/at_cap", "share of completions", "completions as long as the cap", RL, 0, 1, "num_completions"),
-    Signal("completions/mean_terminated_length", "tokens", "mean length of those that ended; 0 when none did", RL, 0),
-    Signal("completions/min_terminated_length", "tokens", "shortest of those that ended", RL, 0),
-    Signal("completions/max_terminated_length", "tokens", "longest of those that ended", RL, 0),
-    Signal("completions/p50_terminated_length", "tokens", "median length of those that ended", RL, 0),
-    Signal("completions/p99_terminated_length", "tokens", "99th percentile length of those that ended", RL, 0),
+    Signal("completions/at_cap", "share of completions", "completions as long as the cap", SAMPLING, 0, 1, "num_completions"),
+    Signal("completions/mean_terminated_length", "tokens", "mean length of those that ended; 0 when none did", SAMPLING, 0),
+    Signal("completions/min_terminated_length", "tokens", "shortest of those that ended", SAMPLING, 0),
+    Signal("completions/max_terminated_length", "tokens", "longest of those that ended", SAMPLING, 0),
+    Signal("completions/p50_terminated_length", "tokens", "median length of those that ended", SAMPLING, 0),
+    Signal("completions/p90_terminated_length", "tokens", "90th percentile length of those that ended", SAMPLING, 0),
+    Signal("completions/p99_terminated_length", "tokens", "99th percentile length of those that ended", SAMPLING, 0),
     Signal("completions/truncated_reward", "reward", "mean reward of cut completions", RL),
     Signal("completions/terminated_reward", "reward", "mean reward of completions that ended", RL),
-    Signal("completions/duplicate_share", "share of completions", "completions equal to another of their group", RL, 0, 1, "num_completions"),
-    Signal("prompts/p95_length", "tokens", "95th percentile prompt length", RL, 0),
+    Signal("completions/duplicate_share", "share of completions", "completions equal to another of their group", SAMPLING, 0, 1, "num_completions"),
+    Signal("completions/repetition_share", "share of runs of 4 tokens", "runs of 4 tokens that occurred before in the same completion", SAMPLING, 0, 1, "completions/repetition_share#n"),
+    Signal("num_prompts", "prompts", "prompts sampled from in the step", SAMPLING, 0),
+    Signal("generate/tokens_per_second", "tokens/s", "tokens sampled per second of sampling, all processes together", SAMPLING, 0),
+    Signal("sample/staleness_mean", "steps", "update steps between sampling and training on a completion, mean", SAMPLING, 0),
+    Signal("sample/staleness_max", "steps", "the same, of the oldest completion", SAMPLING, 0),
+    Signal("dynamic_sampling/rounds", "rounds", "how often groups without spread were replaced", GRPO, 0, impossible=_no_dynamic_sampling, impossible_when=_NO_DYNAMIC),
+    Signal("dynamic_sampling/replaced_groups", "groups", "groups that were replaced by groups of further prompts", GRPO, 0, impossible=_no_dynamic_sampling, impossible_when=_NO_DYNAMIC),
+    Signal("dynamic_sampling/left_share", "share of groups", "groups without spread that are trained on after all rounds", GRPO, 0, 1, "groups/count", _no_dynamic_sampling, _NO_DYNAMIC),
+    Signal("dynamic_sampling/sampled_per_trained", "1", "groups sampled for each group trained on", GRPO, 1, impossible=_no_dynamic_sampling, impossible_when=_NO_DYNAMIC),
+    Signal("replay/replaced_groups", "groups", "groups replaced by earlier, informative ones", GRPO, 0, impossible=_no_replay, impossible_when=_NO_REPLAY),
+    Signal("replay/buffered_groups", "groups", "groups kept to be replayed, on one process", GRPO, 0, impossible=_no_replay, impossible_when=_NO_REPLAY),
+    # tools and environments
+    Signal("tools/call_frequency", "calls/completion", "calls of tools", SAMPLING, 0),
+    Signal("tools/failure_frequency", "share of calls", "calls that answered with an error", SAMPLING, 0, 1),
+    Signal("tools/timeout_frac", "share of calls", "calls that did not return in time", SAMPLING, 0, 1),
+    Signal("tools/unknown_frac", "share of calls", "calls of tools that are not there", SAMPLING, 0, 1),
+    Signal("tools/latency_s", "s", "mean duration of a call", SAMPLING, 0),
+    Signal("tools/malformed_frac", "share of turns", "turns that could not be taken apart", SAMPLING, 0, 1),
+    Signal("tools/loop_exhausted_frac", "share of completions", "ended because tools had answered as often as they may", SAMPLING, 0, 1),
+    Signal("tools/overflow_frac", "share of completions", "ended because a tool's answer did not fit", SAMPLING, 0, 1),
+    Signal("rollout/turns_mean", "turns", "turns of the model in a completion, mean", SAMPLING, 0),
+    Signal("rollout/turns_max", "turns", "turns of the model in a completion, most", SAMPLING, 0),
+    # the sampler beside the trainer
+    Signal("sampling/k1", "nats/token", "k1 estimate of the divergence of the trainer's from the sampler's distribution", SAMPLING),
+    Signal("sampling/k3", "nats/token", "k3 estimate of the same", SAMPLING, 0),
+    Signal("sampling/abs_mean", "nats/token", "mean distance of the trainer's log-probability of a token from the sampler's", SAMPLING, 0),
+    Signal("sampling/abs_max", "nats", "largest such distance", SAMPLING, 0),
+    Signal("sampling/sampling_logp_difference/mean", "nats/token", "mean distance of the trainer's log-probability of a token from the sampler's", SAMPLING, 0),
+    Signal("sampling/sampling_logp_difference/max", "nats", "largest such distance", SAMPLING, 0),
+    Signal("sampling/importance_sampling_ratio/min", "1", "smallest importance weight of the trainer over vLLM", GRPO, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("sampling/importance_sampling_ratio/mean", "1", "mean importance weight of the trainer over vLLM, after its bounds", GRPO, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("sampling/importance_sampling_ratio/max", "1", "largest importance weight of the trainer over vLLM", GRPO, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("weights/checksum", "1", "first 48 bits of the digest of the weights pushed to vLLM", SAMPLING, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("weights/version", "steps", "update step whose weights were pushed to vLLM", SAMPLING, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("weights/push_seconds", "s", "duration of the push of weights", SAMPLING, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("weights/compared", "tensors", "weights read back from vLLM and compared", SAMPLING, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("weights/differing", "tensors", "of them, those that are not the trained ones", SAMPLING, 0, impossible=_no_vllm, impossible_when=_OWN),
+    Signal("prompts/p95_length", "tokens", "95th percentile prompt length", SAMPLING, 0),
     # online RL: the update
     Signal("kl", "nats/token", "k3 estimate of the divergence from the reference", RL, impossible=_no_reference, impossible_when="beta=0: no reference model is loaded"),
     Signal("policy/approx_kl", "nats/token", "k3 estimate of the divergence of the new from the sampling policy", RL),
-    Signal("clip_ratio/low_mean", "share of tokens", "tokens clipped at 1-epsilon with negative advantage", RL, 0, 1),
-    Signal("clip_ratio/high_mean", "share of tokens", "tokens clipped at 1+epsilon_high with positive advantage", RL, 0, 1),
-    Signal("clip_ratio/region_mean", "share of tokens", "tokens clipped at either side; 0 when on-policy", RL, 0, 1),
-    Signal("clip_ratio/low_min", "share of tokens", "least clipped sequence, low side", RL, 0, 1),
-    Signal("clip_ratio/high_max", "share of tokens", "most clipped sequence, high side", RL, 0, 1),
+    Signal("clip_ratio/low_mean", "share of tokens", "tokens clipped at 1-epsilon with negative advantage", RL, 0, 1, impossible=_no_clip, impossible_when=_NO_CLIP),
+    Signal("clip_ratio/high_mean", "share of tokens", "tokens clipped at 1+epsilon_high with positive advantage", RL, 0, 1, impossible=_no_clip, impossible_when=_NO_CLIP),
+    Signal("clip_ratio/region_mean", "share of tokens", "tokens clipped at either side; 0 when on-policy", RL, 0, 1, impossible=_no_clip, impossible_when=_NO_CLIP),
+    Signal("clip_ratio/low_min", "share of tokens", "least clipped sequence, low side", RL, 0, 1, impossible=_no_clip, impossible_when=_NO_CLIP),
+    Signal("clip_ratio/high_max", "share of tokens", "most clipped sequence, high side", RL, 0, 1, impossible=_no_clip, impossible_when=_NO_CLIP),
+    Signal("cispo_clip_ratio", "share of tokens", "tokens with positive advantage whose weight is capped", GRPO, 0, 1, impossible=_not_cispo, impossible_when="loss_type is not cispo"),
+    Signal("vespo/phi_seq_mean", "1", "mean weight of a completion's gradient", GRPO, 0, impossible=_not_vespo, impossible_when="loss_type is not vespo"),
+    Signal("policy_loss", "method's own", "loss without the entropy bonus", GRPO),
+    Signal("entropy_coef", "1", "weight of the entropy bonus", GRPO, 0),
     Signal("log_ratio/p01", "nats", "1st percentile of the token log-ratio new/old", RL),
     Signal("log_ratio/p99", "nats", "99th percentile of the token log-ratio new/old", RL),
     Signal("log_ratio/abs_mean", "nats", "mean absolute token log-ratio new/old", RL, 0),
     Signal("ratio/ess", "1", "effective sample size of the token ratios, as a share", RL, 0, 1),
+    # distillation: a student against its teacher, at the tokens trained on
+    Signal("distillation/divergence", "nats/token", "the divergence that is minimised", DISTILLATION, 0),
+    Signal("distillation/reverse_kl", "nats/token", "KL(student || teacher)", DISTILLATION, 0),
+    Signal("distillation/forward_kl", "nats/token", "KL(teacher || student)", DISTILLATION, 0),
+    Signal("distillation/teacher_entropy", "nats/token", "entropy of the teacher", DISTILLATION, 0),
+    Signal("distillation/top1_agreement", "share of tokens", "tokens whose likeliest continuation is the same for both", DISTILLATION, 0, 1),
+    Signal("distillation/on_policy", "share of batches", "generation batches that the student sampled", DISTILLATION, 0, 1, impossible=_no_teacher_data, impossible_when="lmbda=1: all are"),
     # preference: a policy against its reference, on answers to the same prompts
     Signal("rewards/chosen", "nats", "beta times the log-ratio of the chosen (desirable) answer to the reference, mean over answers", PREFERENCE),
     Signal("rewards/rejected", "nats", "beta times the log-ratio of the rejected (undesirable) answer to the reference, mean over answers", PREFERENCE),
@@ -199,7 +283,7 @@ _ROWS = [
     Signal("step_time", "s", "forward and backward time of the step as TRL measures it", low=0),
     Signal("time/step", "s", "wall-clock of the whole step", low=0),
     Signal("time/data", "s", "waiting for the data loader", low=0),
-    Signal("time/generate", "s", "sampling completions", RL, 0),
+    Signal("time/generate", "s", "sampling completions", SAMPLING, 0),
     Signal("time/score", "s", "reward functions and reward models", RL, 0),
     Signal("time/forward_backward", "s", "forward and backward passes", low=0),
     Signal("time/optimizer", "s", "clipping and optimizer step", low=0),
@@ -218,10 +302,30 @@ OF_METHOD: dict[tuple[str, str], Signal] = {
     ]
 }  # fmt: skip
 
+OF_METHOD |= {
+    ("rloo", row.name): row
+    for row in [
+        Signal("kl", "nats/token", "k1 estimate of the divergence from the reference, taken off the rewards; may be negative", ("rloo",), impossible=_no_reference, impossible_when="beta=0: no reference model is loaded"),
+        *(
+            Signal(f"clip_ratio/{name}", "share of completions", meaning, ("rloo",), 0, 1, impossible=_no_clip, impossible_when=_NO_CLIP)
+            for name, meaning in (
+                ("low_mean", "completions clipped at 1-epsilon with negative advantage"),
+                ("high_mean", "completions clipped at 1+epsilon_high with positive advantage"),
+                ("region_mean", "completions clipped at either side; 0 when on-policy"),
+                ("low_min", "1 if all completions of a batch are clipped on the low side"),
+                ("high_max", "1 if one completion of a batch is clipped on the high side"),
+            )
+        ),
+    ]
+}  # fmt: skip
+
 # Names with a variable part: prefix, suffix, the row that stands for all of them.
 PATTERNS: list[tuple[str, str, Signal]] = [
     ("rewards/", "/mean", Signal("rewards/<function>/mean", "reward", "mean of one reward function", RL)),
     ("rewards/", "/std", Signal("rewards/<function>/std", "reward", "its standard deviation over the batch", RL, 0)),
+    ("rewards/", "/variance_share", Signal("rewards/<function>/variance_share", "share of variance", "of the differences within groups, those that one reward function makes; negative if it works against the others", RL)),
+    ("rewards/", "/seconds", Signal("rewards/<function>/seconds", "s", "duration of its last call, repetitions included", RL, 0)),
+    ("rewards/", "/failures", Signal("rewards/<function>/failures", "calls", "calls that failed for good and were left out, so far", RL, 0)),
     ("rewards/", "/none_share", Signal("rewards/<function>/none_share", "share of completions", "not scorable by it", RL, 0, 1, "num_completions")),
     ("accuracy/", "", Signal("accuracy/<score>", "share of pairs", "accuracy of one score of several", REWARD, 0, 1, PAIRS)),
     ("margin/", "", Signal("margin/<score>", "score", "margin of one score of several", REWARD)),

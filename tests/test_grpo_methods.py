@@ -198,7 +198,7 @@ def test_dynamic_sampling_replaces_groups_without_spread(build):
         assert [ids[mask.bool()].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask)] == [dog] * 8
         assert (batch.advantages.view(2, 4).abs().sum(1) > 0).all()
     log = logs_of(run)[0]
-    assert log["dynamic_sampling/groups_left"] == 0 and log["dynamic_sampling/rounds"] >= 1
+    assert log["dynamic_sampling/left_share"] == 0 and log["dynamic_sampling/rounds"] >= 1
     assert log["dynamic_sampling/sampled_per_trained"] == 1 + log["dynamic_sampling/replaced_groups"] / 2
     # Rewards are those of what was drawn first, not of what is left of it: they say how good the policy is.
     assert log["reward"] < 1.0
@@ -214,7 +214,7 @@ def test_dynamic_sampling_is_bounded(build):
     run.train()
     log = logs_of(run)[-1]
     assert calls == [8, 8, 8] * 2
-    assert log["dynamic_sampling/rounds"] == 2 and log["dynamic_sampling/groups_left"] == 2
+    assert log["dynamic_sampling/rounds"] == 2 and log["dynamic_sampling/left_share"] == 1
     assert log["dynamic_sampling/replaced_groups"] == 4 and log["grad_norm"] == 0.0
 
 

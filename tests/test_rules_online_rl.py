@@ -228,6 +228,21 @@ def test_rl001_says_how_many_groups_and_which_setting():
     assert evidence["p"] == pytest.approx(stats.binomial_tail(70, 80, 0.6))
 
 
+def test_rl001_offers_to_sample_until_groups_are_mixed_and_then_counts_what_is_left():
+    engine, _ = watch(
+        lambda step: groups(0.8, failed=0.3, passed=0.5), 40, "RL001", CONFIG | {"dynamic_sampling": False}
+    )
+    offer = next(s for s in found(engine, "RL001")["suggestions"] if s["id"] == "RL001.3")
+    assert offer["patch"][-1]["path"] == "/dynamic_sampling" and offer["patch"][-1]["value"] is True
+    assert offer["inputs"] == {"f": 0.8, "cost": 5.0}
+    for left, fires in ((0.0, False), (0.9, True)):
+        series = {**groups(0.8, failed=0.3, passed=0.5), "dynamic_sampling/left_share": left}
+        engine, _ = watch(lambda step, series=series: series, 40, "RL001", CONFIG | {"dynamic_sampling": True})
+        record = found(engine, "RL001")
+        assert (record is not None) == fires
+    assert all(s["id"] != "RL001.3" for s in record["suggestions"])
+
+
 def test_rl001_is_an_error_where_nothing_is_left():
     engine, _ = watch(lambda step: groups(1.0, failed=0.5, passed=0.5), 40, "RL001")
     assert found(engine, "RL001")["severity"] == "error"

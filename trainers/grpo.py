@@ -483,7 +483,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         groups = len(per_function) // group
         measures.log(self, "train", "dynamic_sampling/rounds", rounds)
         measures.log(self, "train", "dynamic_sampling/replaced_groups", replaced)
-        measures.log(self, "train", "dynamic_sampling/groups_left", left)
+        measures.log(self, "train", "dynamic_sampling/left_share", left / groups)
         measures.log(self, "train", "dynamic_sampling/sampled_per_trained", (groups + replaced) / groups)
         return per_function
 

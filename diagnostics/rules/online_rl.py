@@ -122,6 +122,28 @@ def more_generations(run: RunView, id: str, share: float, target: float, signal:
     )
 
 
+def _resample(run: RunView, id: str, share: float, target: float) -> Suggestion | None:
+    """Replace groups without spread while sampling; None where the trainer cannot, or does."""
+    if run.config.get("dynamic_sampling") is not False or not 0 < share < 1:
+        return None
+    cost = 1 / (1 - share)
+    return set_field(
+        run,
+        id,
+        "dynamic_sampling",
+        True,
+        formula="1 / (1 - f) times the sampling",
+        inputs={"f": round(share, 3), "cost": round(cost, 2)},
+        side_effects=(
+            f"about {cost:.1f} times the sampling",
+            "prompts that are too easy or too hard are trained on less",
+        ),
+        expect=Expectation(
+            "advantages/zero_share", "below", target, steps_for(run, "advantages/zero_share", 64), min_n=64
+        ),
+    )
+
+
 @rule(
     "RL001",
     "group-std-collapse",
@@ -158,7 +180,8 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
     passed (RL002) as a whole, those rules name the cause, and this one waits for 96 groups.
 
     `frac_reward_zero_std` is used only where the raw rewards are not at hand, and not where it says nothing about
-    groups: `scale_rewards="batch"`, `normalize_then_sum`, and RLOO with a KL term.
+    groups: `scale_rewards="batch"`, `normalize_then_sum`, and RLOO with a KL term. Where `dynamic_sampling` replaces such
+    groups, what counts is how many are left after it (`dynamic_sampling/left_share`).
 
     ## When it is fine
 
@@ -168,8 +191,9 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
 
     ## What to change
 
-    - Filter prompts whose running pass rate is 0 or 1, or sample until groups are mixed (dynamic sampling). Risk: the
-      distribution of prompts shifts.
+    - Filter prompts whose running pass rate is 0 or 1. Risk: the distribution of prompts shifts.
+    - Set `dynamic_sampling` to true: such groups are replaced by groups of further prompts. A share f of them costs
+      about 1/(1-f) times the sampling.
     - Raise `num_generations` to the smallest of 8, 16, 32, 64 that is forecast to bring the share to 50 %. With
       equally hard prompts the share f becomes f^(G'/G). Costs sampling, or prompts per step.
 
@@ -218,6 +242,7 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
                 side_effects=("the distribution of prompts shifts",),
                 expect=Expectation(dead.name, "below", p.clear, steps_for(run, dead.name, 64), min_n=64),
             ),
+            _resample(run, "RL001.3", pooled.mean, p.clear),
             more_generations(run, "RL001.2", pooled.mean, p.clear, dead.name),
         ]
     )

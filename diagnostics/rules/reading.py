@@ -303,6 +303,8 @@ def dead_groups(run: RunView) -> DeadGroups | Unknown:
     batch, none: ties, and groups whose spread is below 2 % of the reward range.
     """
     zero = run.window("groups/zero_std", NEWEST)
+    if run.config.get("dynamic_sampling") is True:
+        return _groups_left(run)
     if zero is not None:
         extra, n = scaling(run), len(zero)
         if extra == "group":
@@ -320,6 +322,14 @@ def dead_groups(run: RunView) -> DeadGroups | Unknown:
                 return DeadGroups(zero.name, np.minimum(zero.values + tiny.values, 1.0), why)
         return DeadGroups(zero.name, zero.values, "had equal rewards, so no advantage")
     return _logged_dead_groups(run)
+
+
+def _groups_left(run: RunView) -> DeadGroups | Unknown:
+    name = "dynamic_sampling/left_share"
+    left = run.window(name, NEWEST)
+    if left is None:
+        return Unknown(f"dynamic_sampling replaces groups without spread, and {name} is not measured")
+    return DeadGroups(name, left.values, "had equal rewards even after dynamic_sampling had replaced such groups")
 
 
 def _logged_dead_groups(run: RunView) -> DeadGroups | Unknown:

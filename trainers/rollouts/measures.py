@@ -115,6 +115,9 @@ def record_completions(
 
     recorder.set("num_completions", n)
     recorder.set("num_prompts", len(groups))
+    seconds = recorder.seconds("generate")
+    if seconds:
+        recorder.set("generate/tokens_per_second", float(lengths.sum()) / seconds)
     recorder.set("prompts/p95_length", float(torch.quantile(prompt_lengths, 0.95)))
     if done.any():
         for share in (0.50, 0.90, 0.99):
