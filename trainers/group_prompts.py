@@ -169,15 +169,17 @@ def _split(completions: list[int], lengths: Sequence[int], count: int) -> list[l
 
 
 def _plain_cost(prompts: Sequence[int], lengths: Sequence[int], hidden_size: int, sparse: bool) -> float:
-    width = max(prompt + length for prompt, length in zip(prompts, lengths))
-    tokens = len(prompts) * width
-    return tokens * (ATTENTION_HIDDEN_SIZES * hidden_size + (width / 2 if sparse else width))
+    widths = [prompt + length for prompt, length in zip(prompts, lengths)]
+    width = max(widths)
+    # Without padding there is no mask, and attention computes only what tokens see.
+    seen = width / 2 if sparse or min(widths) == width else width
+    return len(widths) * width * (ATTENTION_HIDDEN_SIZES * hidden_size + seen)
 
 
 def _grouped_cost(
     rows: list[list[int]], width: int, prompts: Sequence[int], lengths: Sequence[int], hidden_size: int, sparse: bool
 ) -> float:
-    seen = len(rows) * width**2
+    seen = float(len(rows) * width**2)
     if sparse:
         seen = sum(prompts[row[0]] ** 2 / 2 for row in rows)
         seen += sum(lengths[i] * (prompts[i] + lengths[i] / 2) for row in rows for i in row)
@@ -205,12 +207,12 @@ def lay_out(
     """
     device = completion_ids.device
     row_of, start_of, width = [0] * len(lengths), [0] * len(lengths), 0
-    for number, row in enumerate(rows):
-        column = prompts[row[0]] - 1
-        for completion in row:
-            row_of[completion], start_of[completion] = number, column
-            column += lengths[completion]
-        width = max(width, column + 1)  # the last branch's last label stands behind it
+    for number, members in enumerate(rows):
+        end = prompts[members[0]] - 1
+        for member in members:
+            row_of[member], start_of[member] = number, end
+            end += lengths[member]
+        width = max(width, end + 1)  # the last branch's last label stands behind it
     row, start, before = torch.tensor([row_of, start_of, prompts], device=device).unsqueeze(2)  # (N, 1) each
     first = torch.tensor([members[0] for members in rows], device=device)
 
@@ -223,12 +225,12 @@ def lay_out(
     there = step < completion_mask.sum(1, keepdim=True)
     branch = torch.cat([prompt_ids[:, -1:], completion_ids[:, :-1]], dim=1)
     place = torch.where(there, row * width + start + step, -1)
-    number = torch.arange(1, len(lengths) + 1, device=device).unsqueeze(1).expand_as(place)
+    branch_number = torch.arange(1, len(lengths) + 1, device=device).unsqueeze(1).expand_as(place)
     inputs = {
         "input_ids": _put(branch, place, ids),
         "position_ids": _put(before - 1 + step, place, torch.where(in_prompt, column, 0)),
     }
-    part = _put(number, place, torch.where(in_prompt, 0, _PADDING))
+    part = _put(branch_number, place, torch.where(in_prompt, 0, _PADDING))
     longest = max(prompt + length for prompt, length in zip(prompts, lengths))
     return _answers(inputs, completion_ids, completion_mask, row, start + 1, scored), part, longest
 
@@ -313,21 +315,6 @@ def _put(values: Tensor, place: Tensor, into: Tensor) -> Tensor:
     return flat[:-1].view_as(into)
 
 
-def needed_rows(advantages: Tensor, *, keep_all: bool) -> Tensor:
-    """The completions whose gradient is not exactly zero, in order: (M,), at least one, so that all processes run a
-    backward pass.
-
-    Args:
-        advantages: (N,), or (N, T) for one per token; not a number counts.
-        keep_all: whether something else than the advantage has a gradient: a KL term, an entropy bonus.
-    """
-    if keep_all:
-        return torch.arange(len(advantages), device=advantages.device)
-    needed = (advantages != 0).flatten(1).any(1) if advantages.ndim > 1 else advantages != 0
-    found = needed.nonzero().squeeze(1)
-    return found if len(found) else torch.zeros(1, dtype=torch.long, device=advantages.device)
-
-
 # ------------------------------------------------------------------------------------------- models that allow it
 
 
@@ -365,10 +352,14 @@ def why_not_grouped(model: Any, max_length: int | None = None) -> str | None:
     why_not = why_not_by_config(model, ("sdpa", "eager", "flex_attention"))
     if why_not is not None:
         return why_not
+    if attention_of(model) == "flex_attention" and model.get_input_embeddings().weight.device.type == "cpu":
+        return "FlexAttention has no backward pass on a CPU"
     windows = attention_windows(model)
-    too_long = windows and (max_length is None or max_length > min(windows))
+    too_long = bool(windows) and (max_length is None or max_length > min(windows))
+    if too_long and (is_sharded(model) or not {*windows} <= {*layer_windows(model).values()}):
+        return f"its attention reaches back {min(windows)} tokens only, and rows may be longer"
     if is_sharded(model):
-        return f"its attention reaches back {min(windows)} tokens only, and rows may be longer" if too_long else None
+        return None
     return _why_not_by_trial(model) or (_why_not_by_trial(model, window=4) if too_long else None)
 
 
