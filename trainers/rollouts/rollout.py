@@ -342,6 +342,8 @@ class RolloutWorker:
         return with_places, ids, pictures if seen else None, inputs if seen else None
 
     def _decode(self, completion_ids: list[list[int]], conversational: bool) -> list[Any]:
+        if not completion_ids:
+            return []  # for which `batch_decode` has one empty text
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
 
