@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from outspoken.trainers.branch_mask import BranchMask
 from outspoken.trainers.group_prompts import (
     attention_masks,
     grouped_completions,
@@ -118,10 +119,12 @@ def padded(rows, more=0):
     return prompt_ids, prompt_mask, completion_ids, completion_mask
 
 
-@pytest.fixture
-def always(monkeypatch):
-    """Group even where that costs more."""
+@pytest.fixture(params=["dense", "branches"])
+def always(request, monkeypatch):
+    """Group even where that costs more; with sdpa by a dense mask, or by a call of attention for each branch."""
     monkeypatch.setattr("outspoken.trainers.group_prompts.MAX_COST_SHARE", 1e9)
+    monkeypatch.setattr("outspoken.trainers.group_prompts.CALL_COST", 0 if request.param == "branches" else 10**9)
+    return request.param
 
 
 def alone(model, rows):
@@ -188,6 +191,8 @@ def test_scores_and_gradients_are_those_of_rows_of_their_own(models, always, nam
     assert why_not_grouped(model, max_length=32) is None
     grouped = grouped_completions(*padded(rows), PAD, **grouping_settings(model))
     assert len(grouped.labels) < len(rows)
+    if not name.endswith("eager"):
+        assert isinstance(grouped.inputs["attention_mask"], BranchMask) == (always == "branches")
     assert_right(model, rows, grouped)
     assert_right(model, rows, plain_completions(*padded(rows), position_ids=True))
 
@@ -208,6 +213,7 @@ def test_any_groups(models, groups, seed, more, eager):
     assert_right(model, rows, plain_completions(*batch, position_ids=True))
     forced = pytest.MonkeyPatch()
     forced.setattr("outspoken.trainers.group_prompts.MAX_COST_SHARE", 1e9)
+    forced.setattr("outspoken.trainers.group_prompts.CALL_COST", 10**9 if seed % 2 else 0)
     try:
         grouped = grouped_completions(*batch, PAD, **grouping_settings(model))
     finally:
@@ -282,13 +288,11 @@ def test_every_token_stands_once_and_sees_its_own_past(groups, seed, more, dtype
             members = members[count:]
     if not plan:
         return
-    batch, part, longest = lay_out(
-        plan, [len(p) for p, _ in rows], lengths, prompt_ids, completion_ids, completion_mask, PAD
-    )
+    batch, part = lay_out(plan, [len(p) for p, _ in rows], lengths, prompt_ids, completion_ids, completion_mask, PAD)
+    longest = max(len(p) + len(c) for p, c in rows)
     positions, ids, labels = batch.inputs["position_ids"], batch.inputs["input_ids"], batch.labels
     sees = attention_masks(part, positions, longest, mask_dtype=dtype)[:, 0]
     sees = sees if dtype is None else sees == 0
-    assert longest == max(len(p) + len(c) for p, c in rows)
     assert ids.shape == labels.shape == (len(plan), max(len(rows[m[0]][0]) + sum(lengths[i] for i in m) for m in plan))
     assert sees.any(-1).all()
     places = set()
@@ -383,11 +387,15 @@ def test_long_completions_take_several_rows_a_prompt():
     assert plan(256, [1024] * 8) is None
 
 
-def test_what_tokens_see_is_what_sparse_attention_costs():
+def test_what_tokens_see_is_what_attention_costs_without_dense_masks():
     """Plain 8 x 1280 x (2304 + 640) = 30147 thousand; a row of 8448: 8448 x 2304 + 256^2 / 2 + 8192 (256 + 512) = 25788."""
     lengths = [1024] * 8
     assert plan_rows([0] * 8, [256] * 8, lengths, 576) is None
-    assert plan_rows([0] * 8, [256] * 8, lengths, 576, sparse=True) == [list(range(8))]
+    assert plan_rows([0] * 8, [256] * 8, lengths, 576, "flex") == [list(range(8))]
+    # By branch: plain without a mask as above; 8448 x 2304 + 255^2 / 2 + 8192 (255 + 1024) = 29974: no tenth less. With
+    # one shorter completion, plain rows need a mask: 8 x 1280 x (2304 + 1280) = 36700.
+    assert plan_rows([0] * 8, [256] * 8, lengths, 576, "branches") is None
+    assert plan_rows([0] * 8, [256] * 8, [*lengths[1:], 1000], 576, "branches") == [list(range(8))]
 
 
 # ------------------------------------------------------------------------------------------- models and how they run
@@ -444,6 +452,9 @@ def test_windows_shorter_than_the_rows(always, name, own):
     grouped = grouped_completions(*padded(rows), PAD, **settings)
     masks = grouped.inputs["attention_mask"]
     assert isinstance(masks, dict) if name != "mistral" else masks.ndim == 4
+    if not own:
+        some = masks["sliding_attention"] if isinstance(masks, dict) else masks
+        assert isinstance(some, BranchMask) == (always == "branches")
     assert_right(model, rows, grouped)
     blind = grouped_completions(*padded(rows), PAD, **{**settings, "windows": None})
     assert (scored(model, blind)[0] - scored(model, grouped)[0]).abs().max() > 1e-3
@@ -543,6 +554,38 @@ def test_weights_that_are_not_here_are_not_tried():
     assert "4096 tokens" in why_not_grouped(mistral) and why_not_grouped(mistral, max_length=4096) is None
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.lists(st.integers(1, 8), min_size=1, max_size=4)), min_size=1, max_size=3
+    ),
+    st.integers(0, 100),
+    st.sampled_from([None, ("sliding_attention", 3), ("chunked_attention", 4)]),
+)
+def test_attention_by_branch_is_attention_with_the_dense_mask(rows, seed, window):
+    """Values and gradients of all tokens but padding; and what else is done with the mask is done with the dense one."""
+    width = max(p + sum(own) for p, own in rows) + 1
+    sizes = [[p, *own, width - p - sum(own)] for p, own in rows]
+    part, positions = torch.full((len(rows), width), -1), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, (p, *own, rest) in enumerate(sizes):
+        part[row] = torch.tensor([0] * p + [1 + i for i, n in enumerate(own) for _ in range(n)] + [-1] * rest)
+        positions[row] = torch.tensor([*range(p), *(p + t for n in own for t in range(n)), *[0] * rest])
+    windows = dict([window]) if window else None
+    dense = attention_masks(part, positions, 10**6, windows=windows)
+    mask = attention_masks(part, positions, 10**6, windows=windows, sizes=sizes)
+    assert mask.shape == dense.shape and mask.dtype == torch.bool and mask.device == dense.device
+    assert torch.equal(mask[:, :, 1:], dense[:, :, 1:]) and torch.equal(~mask, ~dense)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(len(rows), 2, width, 4, generator=generator).requires_grad_() for _ in range(3)]
+    weights = torch.randn(len(rows), 2, width, 4, generator=generator) * (part != -1)[:, None, :, None]
+    outputs = [
+        torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=m, scale=0.7) for m in (mask, dense)
+    ]
+    torch.testing.assert_close(*(output * weights for output in outputs), atol=1e-6, rtol=1e-5)
+    for one, two in zip(*(torch.autograd.grad((output * weights).sum(), tensors) for output in outputs)):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
 @settings(max_examples=20, deadline=None)
 @given(GROUPS, st.integers(0, 100), st.sampled_from([None, ("sliding_attention", 3), ("chunked_attention", 4)]))
 def test_block_masks_say_the_same(groups, seed, window):
@@ -556,10 +599,11 @@ def test_block_masks_say_the_same(groups, seed, window):
     plan = [
         [i for i, prompt in enumerate(prompts) if prompt == own] for own in {tuple(p): p for p in prompts}.values()
     ]
-    batch, part, longest = lay_out(
+    batch, part = lay_out(
         plan, [len(p) for p, _ in rows], [len(c) for _, c in rows], prompt_ids, completion_ids, completion_mask, PAD
     )
     windows = {"full_attention": None, **({window[0]: window[1]} if window else {})}
+    longest = max(len(p) + len(c) for p, c in rows)
     dense, block = (
         attention_masks(part, batch.inputs["position_ids"], longest, windows=windows, flex=flex)
         for flex in (False, True)

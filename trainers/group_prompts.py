@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from outspoken.trainers.branch_mask import BranchMask
 from outspoken.trainers.logprobs import IGNORE_INDEX
 from outspoken.trainers.shared_prompts import (
     ATTENTION_HIDDEN_SIZES,
@@ -43,6 +44,8 @@ from outspoken.trainers.shared_prompts import (
 
 # Layers whose tokens see a part of what is before them: the config's name for how many tokens that are.
 _REACH = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+# What a call of attention costs a CPU beside its work, in pairs of tokens.
+CALL_COST = 10_000
 _PADDING = -1  # the part of a row behind its branches, which are 1, 2, ...; the prompt is part 0
 
 
@@ -103,22 +106,30 @@ def grouped_completions(
     if completion_ids.numel() == 0 or prompt_ids.numel() == 0:
         return None
     group = prompt_ids.masked_fill(prompt_mask == 0, -1).unique(dim=0, return_inverse=True)[1]
-    sizes = torch.stack([group, prompt_mask.sum(1), completion_mask.sum(1)])
-    groups, prompts, lengths = sizes.tolist()  # one transfer
-    rows = plan_rows(groups, prompts, lengths, hidden_size, sparse=flex)
+    counts = torch.stack([group, prompt_mask.sum(1), completion_mask.sum(1)])
+    groups, prompts, lengths = counts.tolist()  # one transfer
+    by_branch = mask_dtype is None and completion_ids.device.type == "cpu"
+    rows = plan_rows(groups, prompts, lengths, hidden_size, "flex" if flex else "branches" if by_branch else "rows")
     if rows is None:
         return None
-    batch, part, longest = lay_out(
-        rows, prompts, lengths, prompt_ids, completion_ids, completion_mask, pad_token_id, scored
-    )
+    batch, part = lay_out(rows, prompts, lengths, prompt_ids, completion_ids, completion_mask, pad_token_id, scored)
+    sizes = _sizes(rows, prompts, lengths)
+    if _seen_by_branch(sizes) >= part.numel() * part.size(1):
+        by_branch = False
     batch.inputs["attention_mask"] = attention_masks(
-        part, batch.inputs["position_ids"], longest, mask_dtype=mask_dtype, flex=flex, windows=windows
+        part,
+        batch.inputs["position_ids"],
+        max(map(sum, zip(prompts, lengths))),
+        mask_dtype=mask_dtype,
+        flex=flex,
+        windows=windows,
+        sizes=sizes if by_branch else None,
     )
     return batch
 
 
 def plan_rows(
-    groups: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], hidden_size: int, *, sparse: bool = False
+    groups: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], hidden_size: int, attention: str = "rows"
 ) -> list[list[int]] | None:
     """Which completions share a row, so that the batch costs least by estimate; None where plain rows are as good.
 
@@ -129,7 +140,8 @@ def plan_rows(
         groups: (N,), the number of each completion's prompt. prompts: (N,), its tokens. lengths: (N,), the tokens of
             the completion.
         hidden_size: the model's.
-        sparse: whether attention costs what tokens see, and not all pairs of tokens of a row.
+        attention: what it costs: "rows": all pairs of a row's tokens; "branches": those or, where that is less, those of
+            each branch and its prompt (`BranchMask`); "flex": what tokens see (FlexAttention).
 
     Returns:
         The numbers of the completions of each row; those without tokens stand in none.
@@ -146,12 +158,17 @@ def plan_rows(
         ways = [_split(completions, lengths, count) for count in range(1, len(completions) + 1)]
         before = prompts[completions[0]] - 1
         splits.append([(max(before + sum(lengths[i] for i in row) + 1 for row in rows), rows) for rows in ways])
-    best, least = None, MAX_COST_SHARE * _plain_cost(prompts, lengths, hidden_size, sparse)
+    best, least = None, MAX_COST_SHARE * _plain_cost(prompts, lengths, hidden_size, attention)
     for count in range(max(map(len, splits))):
         width = max(ways[min(count, len(ways) - 1)][0] for ways in splits)
         fewest = [next(rows for own, rows in ways if own <= width) for ways in splits]
         rows = [row for rows in fewest for row in rows]
-        cost = _grouped_cost(rows, width, prompts, lengths, hidden_size, sparse)
+        seen = len(rows) * width**2
+        if attention == "flex":
+            seen = _seen(rows, prompts, lengths)
+        elif attention == "branches":
+            seen = min(seen, _seen_by_branch(_sizes(rows, prompts, lengths)))
+        cost = len(rows) * width * ATTENTION_HIDDEN_SIZES * hidden_size + seen
         if cost < least:
             best, least = rows, cost
     return best
@@ -168,22 +185,34 @@ def _split(completions: list[int], lengths: Sequence[int], count: int) -> list[l
     return rows
 
 
-def _plain_cost(prompts: Sequence[int], lengths: Sequence[int], hidden_size: int, sparse: bool) -> float:
+def _plain_cost(prompts: Sequence[int], lengths: Sequence[int], hidden_size: int, attention: str) -> float:
     widths = [prompt + length for prompt, length in zip(prompts, lengths)]
     width = max(widths)
     # Without padding there is no mask, and attention computes only what tokens see.
-    seen = width / 2 if sparse or min(widths) == width else width
+    seen = width / 2 if attention == "flex" or min(widths) == width else width
     return len(widths) * width * (ATTENTION_HIDDEN_SIZES * hidden_size + seen)
 
 
-def _grouped_cost(
-    rows: list[list[int]], width: int, prompts: Sequence[int], lengths: Sequence[int], hidden_size: int, sparse: bool
-) -> float:
-    seen = float(len(rows) * width**2)
-    if sparse:
-        seen = sum(prompts[row[0]] ** 2 / 2 for row in rows)
-        seen += sum(lengths[i] * (prompts[i] + lengths[i] / 2) for row in rows for i in row)
-    return len(rows) * width * ATTENTION_HIDDEN_SIZES * hidden_size + seen
+def _seen(rows: Sequence[Sequence[int]], prompts: Sequence[int], lengths: Sequence[int]) -> int:
+    """How many tokens the tokens of the rows see."""
+    return sum(
+        prompts[row[0]] ** 2 // 2 + sum(lengths[i] * (prompts[i] + lengths[i] // 2) for i in row) for row in rows
+    )
+
+
+def _sizes(rows: Sequence[Sequence[int]], prompts: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Tokens of each row's prompt but for the last one, of its branches, and of padding."""
+    sizes = [[prompts[row[0]] - 1, *(lengths[i] for i in row)] for row in rows]
+    width = max(map(sum, sizes)) + 1  # the last branch's last label stands behind it
+    return [[*of_row, width - sum(of_row)] for of_row in sizes]
+
+
+def _seen_by_branch(sizes: Sequence[Sequence[int]]) -> int:
+    """Pairs of tokens that attention computes if each branch is a call of its own, and what the calls cost, in pairs."""
+    return sum(
+        prompt**2 // 2 + sum(length * (prompt + length) for length in lengths) + (1 + len(lengths)) * CALL_COST
+        for prompt, *lengths, _ in sizes
+    )
 
 
 def lay_out(
@@ -195,24 +224,23 @@ def lay_out(
     completion_mask: Tensor,
     pad_token_id: int,
     scored: Tensor | None = None,
-) -> tuple[AnswerBatch, Tensor, int]:
+) -> tuple[AnswerBatch, Tensor]:
     """The rows of a plan, yet without an attention mask.
 
     Args:
         rows: as from `plan_rows`. prompts, lengths: as for it, no prompt empty. The others: as for `grouped_completions`.
 
     Returns:
-        The batch; the part of its row that each token belongs to, (R, W): 0 for the prompt, 1, 2, ... for branches, -1
-        for padding; and the tokens of the longest prompt and completion together.
+        The batch; and the part of its row that each token belongs to, (R, W): 0 for the prompt, 1, 2, ... for branches,
+        -1 for padding.
     """
     device = completion_ids.device
-    row_of, start_of, width = [0] * len(lengths), [0] * len(lengths), 0
+    row_of, start_of, width = [0] * len(lengths), [0] * len(lengths), sum(_sizes(rows, prompts, lengths)[0])
     for number, members in enumerate(rows):
         end = prompts[members[0]] - 1
         for member in members:
             row_of[member], start_of[member] = number, end
             end += lengths[member]
-        width = max(width, end + 1)  # the last branch's last label stands behind it
     row, start, before = torch.tensor([row_of, start_of, prompts], device=device).unsqueeze(2)  # (N, 1) each
     first = torch.tensor([members[0] for members in rows], device=device)
 
@@ -231,8 +259,7 @@ def lay_out(
         "position_ids": _put(before - 1 + step, place, torch.where(in_prompt, column, 0)),
     }
     part = _put(branch_number, place, torch.where(in_prompt, 0, _PADDING))
-    longest = max(prompt + length for prompt, length in zip(prompts, lengths))
-    return _answers(inputs, completion_ids, completion_mask, row, start + 1, scored), part, longest
+    return _answers(inputs, completion_ids, completion_mask, row, start + 1, scored), part
 
 
 def attention_masks(
@@ -243,6 +270,7 @@ def attention_masks(
     mask_dtype: torch.dtype | None = None,
     flex: bool = False,
     windows: Mapping[str, int | None] | None = None,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> Any:
     """Who sees whom in grouped rows: a mask for all layers, or one for each kind of layer.
 
@@ -252,11 +280,14 @@ def attention_masks(
         mask_dtype: of a mask that is added to the attention's logits; None for a boolean one.
         flex: a `BlockMask` for FlexAttention instead.
         windows: for each kind of layer, how many tokens it reaches back; None for all.
+        sizes: for a `BranchMask` instead: tokens of each row's prompt, of its branches, and of padding.
     """
     windows = windows or {}
     if all(window is None or window >= longest for window in windows.values()):
         windows = {"full_attention": None}
     make = _block_mask if flex else partial(_tensor_mask, dtype=mask_dtype)
+    if sizes is not None:
+        make = partial(_branch_mask, sizes)
     masks = {kind: make(part, positions, kind, window) for kind, window in windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -265,6 +296,13 @@ def _tensor_mask(part: Tensor, positions: Tensor, kind: str, window: int | None,
     if window is None:
         return attention_mask(part, dtype)
     return attention_mask(part, dtype, near=_is_near(kind, window, positions[:, :, None], positions[:, None, :]))
+
+
+def _branch_mask(
+    sizes: Sequence[Sequence[int]], part: Tensor, positions: Tensor, kind: str, window: int | None
+) -> BranchMask:
+    near = None if window is None else partial(_is_near, kind, window)
+    return BranchMask(sizes, near, partial(_tensor_mask, part, positions, kind, window, None), part.device)
 
 
 def _block_mask(part: Tensor, positions: Tensor, kind: str, window: int | None) -> Any:
@@ -383,10 +421,13 @@ def _why_not_by_trial(model: Any, window: int | None = None) -> str | None:
             setattr(config, name, window)
         plain = plain_completions(prompt_ids, masks[0], completion_ids, masks[1], position_ids=True)
         rows = [[0, 4, 2], [1, 3]]
-        grouped, part, longest = lay_out(rows, prompts, lengths, prompt_ids, completion_ids, masks[1], 0)
+        grouped, part = lay_out(rows, prompts, lengths, prompt_ids, completion_ids, masks[1], 0)
         settings = grouping_settings(model)
         del settings["hidden_size"]
-        grouped.inputs["attention_mask"] = attention_masks(part, grouped.inputs["position_ids"], longest, **settings)
+        if attention_of(model) == "sdpa" and embeddings.device.type == "cpu":
+            settings["sizes"] = _sizes(rows, prompts, lengths)
+        positions = grouped.inputs["position_ids"]
+        grouped.inputs["attention_mask"] = attention_masks(part, positions, 7 + 4, **settings)
         return why_not_equal(model, plain, grouped, gradients=True)
     finally:
         for name, value in before.items():
