@@ -207,7 +207,7 @@ def test_where_vllm_cannot_give_such_logps_there_are_none_under_truncation(coloc
         assert backend.generate([[5]], SamplingParams(2, **plain)).logps is not None
     for cut in ({"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}, {"extra": {"presence_penalty": 0.5}}):
         assert backend.generate([[5]], SamplingParams(2, **cut)).logps is None
-    assert caplog.text.count("only after top-k, top-p") == 1
+    assert caplog.text.count("only log-probabilities after top-k, top-p") == 1
 
 
 def test_equal_neighbours_are_one_request_and_caps_keep_them_apart(colocated):
@@ -253,7 +253,7 @@ def test_what_ends_a_completion_is_the_trainers_to_say(colocated, model, tiny_to
 
 def test_every_setting_reaches_vllm(colocated, monkeypatch):
     backend = colocated(vllm_structured_outputs_regex="[ab]+")
-    backend.generate(
+    sampled = backend.generate(
         [[5]],
         SamplingParams(
             3, temperature=0.7, top_p=0.9, top_k=4, min_p=0.05, repetition_penalty=1.1, extra={"presence_penalty": 0.5}
@@ -263,6 +263,7 @@ def test_every_setting_reaches_vllm(colocated, monkeypatch):
     assert (sent.temperature, sent.top_p, sent.top_k, sent.min_p) == (0.7, 0.9, 4, 0.05)
     assert (sent.repetition_penalty, sent.presence_penalty, sent.logprobs) == (1.1, 0.5, 0)
     assert sent.structured_outputs.regex == "[ab]+"
+    assert sampled.logps is None  # vLLM's are those under the mask
     with pytest.raises(ValueError, match="SamplingParams has no field num_beams; correct generation_kwargs"):
         backend.generate([[5]], SamplingParams(3, extra={"num_beams": 4}))
 

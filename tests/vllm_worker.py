@@ -1,7 +1,7 @@
 """One of two processes that gather trained weights and share a vLLM server: started by tests/test_vllm_backend.py.
 
-`python tests/vllm_worker.py weights SPREAD MODEL FOLDER` or `… sample URL MODEL FOLDER`; what each found is written to
-FOLDER/RANK.json.
+`python tests/vllm_worker.py weights SPREAD MODEL FOLDER`, `… sample URL MODEL FOLDER` or `… colocate TP MODEL FOLDER`; what
+each found is written to FOLDER/RANK.json.
 """
 
 import copy
@@ -68,7 +68,7 @@ def spread_out(model, spread):
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    config["zero_force_ds_cpu_optimizer"] = False
+    config |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
@@ -99,21 +99,64 @@ def weights(spread, folder):
     return found
 
 
+def config(**own):
+    return SimpleNamespace(
+        **{
+            "vllm_mode": "server",
+            "vllm_model_impl": "vllm",
+            "vllm_server_base_url": None,
+            "vllm_server_host": "",
+            "vllm_server_port": 0,
+            "vllm_server_timeout": 3.0,
+            "vllm_group_port": 0,
+            "vllm_structured_outputs_regex": None,
+            "vllm_enable_sleep_mode": False,
+            "vllm_tensor_parallel_size": 1,
+            "vllm_gpu_memory_utilization": 0.05,
+            "vllm_max_model_length": 64,
+            "bf16": False,
+            "fp16": False,
+            **own,
+        }
+    )
+
+
+def colocate(size, folder, accelerator):
+    """Two processes with vLLM in them: prompts are uneven, weights are pushed after a change."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    args = config(vllm_mode="colocate", vllm_tensor_parallel_size=int(size))
+    backend = VLLMBackend(model, AutoTokenizer.from_pretrained(folder), args, accelerator)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    report = backend.push_weights(model, 1)
+    prompts = [[[5, 6, 7, 8], [9, 10]], [[9, 10], [9, 10], [4]]][accelerator.process_index]
+    sampled = backend.generate(prompts, SamplingParams(6, temperature=0.0)).completion_ids
+    wanted = [
+        model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=6, eos_token_id=None)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    random = backend.generate([[5, 6]] * 4, SamplingParams(8)).completion_ids
+    error = None
+    try:
+        backend.generate(prompts, SamplingParams(6, extra={"top_q": 1} if accelerator.is_main_process else {}))
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    return {
+        "compared": report.compared,
+        "differing": report.differing,
+        "checksum": report.checksum,
+        "greedy": [sampled, wanted],
+        "random": random,
+        "error": error,
+    }
+
+
 def sample(url, folder, accelerator):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    args = SimpleNamespace(
-        vllm_mode="server",
-        vllm_server_base_url=url,
-        vllm_server_host="",
-        vllm_server_port=0,
-        vllm_server_timeout=3.0,
-        vllm_group_port=0,
-        vllm_structured_outputs_regex=None,
-        vllm_enable_sleep_mode=False,
-        vllm_tensor_parallel_size=1,
-    )
     rank = accelerator.process_index
-    backend = VLLMBackend(model, AutoTokenizer.from_pretrained(folder), args, accelerator)
+    backend = VLLMBackend(model, AutoTokenizer.from_pretrained(folder), config(vllm_server_base_url=url), accelerator)
     report = backend.push_weights(model, 1)
     prompts = [[[5, 6], [7, 8, 9], [7, 8, 9]], [[7, 8, 9], [4]]][rank]
     sampled = backend.generate(prompts, SamplingParams(6, temperature=0.0), caps=[3, 6, 6] if rank == 0 else [6, 2])
@@ -142,6 +185,9 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    result = weights(what, folder) if task == "weights" else sample(what, folder, accelerator)
+    if task == "weights":
+        result = weights(what, folder)
+    else:
+        result = {"sample": sample, "colocate": colocate}[task](what, folder, accelerator)
     (Path(out) / f"{accelerator.process_index}.json").write_text(json.dumps(result))
     accelerator.wait_for_everyone()

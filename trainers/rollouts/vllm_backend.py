@@ -198,8 +198,8 @@ class VLLMBackend:
     ) -> Sampled:
         """Sample one completion per entry of `prompt_ids`; equal neighbours are one request for several completions.
 
-        The log-probabilities are those that `Sampled` promises (None with a vLLM that cannot be made to give them, where
-        top-k, top-p, min-p, penalties or masks are on). Entropies are not kept.
+        The log-probabilities are those that `Sampled` promises; None under structured outputs, and, with a vLLM that cannot
+        be made to give them, where top-k, top-p, min-p or penalties are on. Entropies are not kept.
 
         Args:
             prompt_ids: token ids of each prompt; the processes may have different numbers of them.
@@ -221,17 +221,16 @@ class VLLMBackend:
             seed += 1_000_003 * (self.accelerator.process_index // self.args.vllm_tensor_parallel_size)
         limits = list(caps) if caps is not None else [params.max_new_tokens] * len(prompt_ids)
         pictures = list(images) if images is not None else [None] * len(prompt_ids)
-        mine = (prompt_ids, limits, pictures, seed)
         settings = self._settings(params)
-        if self._engine is not None:
-            answer = self._generate_here(mine, settings)
-        else:
-            answer = self._generate_there(mine, settings)
-        logps = answer["logps"] if self.exact_logps or _untruncated(params, settings) else None
+        mine = (prompt_ids, limits, pictures, seed, settings)
+        answer = self._generate_here(mine) if self._engine is not None else self._generate_there(mine)
+        masked = settings.get("structured_outputs") is not None
+        logps = answer["logps"] if (self.exact_logps and not masked) or _untruncated(settings) else None
         if logps is None:
+            cause = "under structured outputs" if masked else "after top-k, top-p, min-p and penalties"
             self._say_once(
-                "This vLLM gives log-probabilities only after top-k, top-p, min-p, penalties and masks, so none are kept; "
-                "switch those off, or use another version of vLLM, for a correction by importance sampling."
+                f"vLLM gives only log-probabilities {cause} here, which are not the model's, so none are kept; a correction "
+                "by importance sampling needs sampling without."
             )
         return Sampled(answer["completion_ids"], answer["finished"], logps)
 
@@ -262,7 +261,7 @@ class VLLMBackend:
             settings["structured_outputs"] = {"regex": self.args.vllm_structured_outputs_regex}
         return settings
 
-    def _generate_here(self, mine: tuple, settings: dict[str, Any]) -> dict[str, Any]:
+    def _generate_here(self, mine: tuple) -> dict[str, Any]:
         """With the engine in this process; a tensor-parallel group of processes samples the prompts of all of them."""
         assert self._engine is not None
         if self._asleep or self.args.vllm_enable_sleep_mode:
@@ -275,7 +274,7 @@ class VLLMBackend:
         answer, error = None, None
         try:
             with own_randomness():
-                answer = self._engine.generate(_request(everyone, settings))
+                answer = self._engine.generate(_request(everyone))
         except Exception as problem:
             error = problem
         self._agree(error, "Sampling with vLLM failed")
@@ -285,11 +284,11 @@ class VLLMBackend:
         place = dist.get_rank(self._tp_group) if self._tp_group is not None else 0
         return _share(answer, [len(part[0]) for part in everyone], place)
 
-    def _generate_there(self, mine: tuple, settings: dict[str, Any]) -> dict[str, Any]:
+    def _generate_there(self, mine: tuple) -> dict[str, Any]:
         """With the server, to which the main process talks for all."""
         everyone = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         for _ in range(_OUTAGES):
-            status, answer = self._main_process_does(lambda: self._ask(_request(everyone, settings)))
+            status, answer = self._main_process_does(lambda: self._ask(_request(everyone)))
             if status == "done":
                 return _share(answer, [len(part[0]) for part in everyone], self.accelerator.process_index)
             self._held = None
@@ -376,12 +375,24 @@ class VLLMBackend:
                     target.send(name, tensor)
             except Exception as problem:
                 error = problem
-        report = None
+        held: list[dict[str, Sums]] | None = None
+        groups: list = []
         if talks and error is None:
             try:
-                report = self._verified(target, checksum.hex, sent, size, started)
+                groups, held = self._held_by(target, checksum.hex, sent)
             except Exception as problem:
                 error = problem
+        if self._tp_group is not None:  # each process sees only its own worker's part
+            parts: list = [None] * dist.get_world_size(self._tp_group)
+            dist.all_gather_object(parts, held, group=self._tp_group)
+            held = None if None in parts else [worker for part in parts for worker in part]
+        report = None
+        if held is not None:
+            differing, compared = differences(sent, groups, held)
+            seconds = time.perf_counter() - started
+            report = PushReport(
+                self._version, True, checksum.hex, len(sent), size, compared, tuple(differing), seconds
+            )
         if self._engine is not None:
             self._agree(error, "Weights could not be handed to vLLM")
             return report
@@ -405,8 +416,8 @@ class VLLMBackend:
             raise error
         return report
 
-    def _verified(self, target: Any, checksum: str, sent: dict[str, Sums], size: int, started: float) -> PushReport:
-        """End a push, and compare what arrived and what is held with what was sent."""
+    def _held_by(self, target: Any, checksum: str, sent: dict[str, Sums]) -> tuple[list, list[dict[str, Sums]]]:
+        """End a push: which weights are to be compared, and the sums over what vLLM holds of them."""
         answer = target.finish_update()
         if answer["checksum"] != checksum:
             raise RuntimeError(
@@ -414,17 +425,14 @@ class VLLMBackend:
                 "may be sampled with them. Is another trainer using the same server?"
             )
         loaded = {name: answer["loaded"].get(name, []) for name in sent}
-        groups = self._in_turn(groups_of(loaded), sent)
-        held = target.weight_sums([p for _, parameters in groups for p in parameters])
-        differing, compared = differences(sent, groups, held)
         missing = [name for name, parameters in loaded.items() if not parameters]
         if missing:
             self._say_once(
                 f"vLLM has no place for {len(missing)} of the trained tensors: {', '.join(missing[:3])}"
                 f"{' …' if len(missing) > 3 else ''}."
             )
-        seconds = time.perf_counter() - started
-        return PushReport(self._version, True, checksum, len(sent), size, compared, tuple(differing), seconds)
+        groups = self._in_turn(groups_of(loaded), sent)
+        return groups, target.weight_sums([p for _, parameters in groups for p in parameters])
 
     def _in_turn(self, groups: list, sent: dict[str, Sums]) -> list:
         """The weights to read back this time: all of a small model, of a large one some, other ones at each push."""
@@ -556,7 +564,7 @@ def _launched(accelerator: Any) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _untruncated(params: SamplingParams, settings: dict[str, Any]) -> bool:
+def _untruncated(settings: dict[str, Any]) -> bool:
     """Whether nothing but the temperature stands between the model's logits and what is sampled from."""
     plain = {"top_p": 1.0, "top_k": (0, -1), "min_p": 0.0, "repetition_penalty": 1.0}
     harmless = {"temperature", "stop", "stop_token_ids", "ignore_eos", "detokenize", "seed"}
@@ -571,14 +579,16 @@ def _untruncated(params: SamplingParams, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _request(everyone: Sequence[tuple], settings: dict[str, Any]) -> dict[str, Any]:
+def _request(everyone: Sequence[tuple]) -> dict[str, Any]:
     """One request for the prompts of all processes; neighbours that are equal become one prompt with several completions."""
     rows = [
         (tuple(prompt), limit, picture)
-        for prompts, limits, pictures, _ in everyone
+        for prompts, limits, pictures, *_ in everyone
         for prompt, limit, picture in zip(prompts, limits, pictures)
     ]
-    request: dict[str, Any] = {"prompts": [], "n": [], "max_tokens": [], "sampling": settings, "seed": everyone[0][3]}
+    # One seed and one way to sample, or tensor-parallel processes would wait for each other for ever.
+    *_, seed, settings = everyone[0]
+    request: dict[str, Any] = {"prompts": [], "n": [], "max_tokens": [], "sampling": settings, "seed": seed}
     images = []
     for (prompt, limit, _), group in groupby(rows, key=lambda row: (row[0], row[1], [id(p) for p in row[2] or ()])):
         members = list(group)

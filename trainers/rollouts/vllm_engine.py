@@ -4,6 +4,7 @@ Nothing here is imported before vLLM is needed; `WeightReceiver` is what vLLM mi
 """
 
 import contextlib
+import copy
 import inspect
 import logging
 import os
@@ -116,15 +117,23 @@ class WeightReceiver:
         """Sums over this worker's part of each parameter; a parameter that cannot be read is left out."""
         model = self._outspoken_model()
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        users: dict[int, list[str]] = {}  # a tied parameter's layers
+        for name, parameter in parameters.items():
+            users.setdefault(id(parameter), []).append(name)
         found = {}
         with self._outspoken_config(), torch.no_grad():
             for name in names:
-                parameter = parameters.get(name)
-                if parameter is not None and parameter.numel():
-                    found[name] = tuple(sums(parameter))
-                elif parameter is not None and (packed := _packed_sums(model, name, parameter.dtype)) is not None:
-                    found[name] = tuple(packed)
-        return found  # type: ignore[return-value]
+                if (parameter := parameters.get(name)) is None:
+                    continue
+                values = [sums(parameter)] if parameter.numel() else []
+                for user in users[id(parameter)]:
+                    layer = model.get_submodule(user.rpartition(".")[0])
+                    if user.endswith(".weight") and _packed(layer):
+                        values.append(_packed_sums(layer, parameter))
+                if values:
+                    # A copy that is not like the others is the one to tell of.
+                    found[name] = tuple(next((v for v in values if v != values[0]), values[0]))
+        return found
 
     def outspoken_init_communicator(self, host: str, port: int, world_size: int) -> None:
         """Join the trainer's NCCL group: it is rank 0, the workers come after it. Blocks until all have joined."""
@@ -144,8 +153,13 @@ class WeightReceiver:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         self._outspoken_active = False
-        with self._outspoken_config():
-            finalize_layerwise_reload(self._outspoken_model(), self.model_config)  # type: ignore[attr-defined]
+        model = self._outspoken_model()
+        with self._outspoken_config(), torch.no_grad():
+            finalize_layerwise_reload(model, self.model_config)  # type: ignore[attr-defined]
+            # A head that is tied to the embeddings gets no weights of its own, and on a CPU computes with a packed copy.
+            for layer in model.modules():
+                if _packed(layer) and getattr(layer, "weight", torch.empty(0)).numel():
+                    layer.quant_method.process_weights_after_loading(layer)
 
     def _outspoken_model(self) -> Any:
         return self.model_runner.get_model()  # type: ignore[attr-defined]
@@ -165,18 +179,19 @@ def nccl_communicator(host: str, port: int, rank: int, world_size: int, device: 
     return PyNcclCommunicator(group, device=device)
 
 
-def _packed_sums(model: Any, name: str, dtype: torch.dtype) -> Sums | None:
-    """Sums over a matrix that vLLM keeps only in a packed form (on a CPU), read by multiplying unit vectors with it."""
-    layer = model.get_submodule(name.rpartition(".")[0])
-    width = getattr(layer, "input_size_per_partition", None) or getattr(layer, "input_size", None)
-    method = getattr(layer, "quant_method", None)
-    if method is None or width is None or not name.endswith(".weight"):
-        return None
+def _packed(layer: Any) -> bool:
+    """Whether a layer computes with a packed copy of its weight, as all linear layers do on a CPU."""
+    return hasattr(layer, "cpu_linear") and hasattr(layer, "quant_method")
+
+
+def _packed_sums(layer: Any, parameter: Tensor) -> Sums:
+    """Sums over the matrix that a layer computes with, read by multiplying unit vectors with it."""
+    width = parameter.shape[1] if parameter.numel() else layer.input_size_per_partition
     parts = []
     for start in range(0, width, 256):
-        rows = torch.zeros(min(256, width - start), width, dtype=dtype)
+        rows = torch.zeros(min(256, width - start), width, dtype=parameter.dtype)
         rows[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = 1
-        parts.append(sums(method.apply(layer, rows, None)))
+        parts.append(sums(layer.quant_method.apply(layer, rows, None)))
     return add_sums(parts)
 
 
@@ -185,7 +200,8 @@ def _report_untruncated_logps(runner: Any) -> bool:
 
     Its own choices are that without the temperature (`raw_logprobs`) and that after penalties, masks and top-k, top-p and
     min-p (`processed_logprobs`): neither is what a training pass over the finished text gives. Both of its samplers
-    return logprobs, or logits to take them from, out of a method `sample`; that is where ours go in.
+    return logprobs, or logits to take them from, out of a method `sample`; that is where ours go in. The mask of structured
+    outputs alone is on the logits before a sampler sees them.
     """
     sampler = getattr(runner, "sampler", None)
     original = getattr(sampler, "sample", None)
@@ -445,6 +461,8 @@ def model_source(model: Any, tokenizer: Any) -> tuple[str, dict[str, Any]]:
     if path and (os.path.isfile(os.path.join(path, "config.json")) or not os.path.exists(path)):
         return path, {}
     folder = tempfile.mkdtemp(prefix="outspoken-vllm-")
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, {"load_format": "dummy"}
