@@ -29,6 +29,11 @@ METHODS = {
         "--reward_funcs rewards.py:score",
         "the rewards' and the adapter's",
     ),
+    "rloo": (
+        "REINFORCE with a leave-one-out baseline",
+        "--reward_funcs rewards.py:score",
+        "the rewards' and the adapter's",
+    ),
     "distillation": (
         "On-policy distillation from a teacher",
         "--teacher_model_name_or_path TEACHER",

@@ -134,6 +134,7 @@ _TRAINERS: dict[str, tuple[str, type | None]] = {
     "dpo": ("DPOTrainer", Reference),
     "kto": ("KTOTrainer", Reference),
     "grpo": ("GRPOTrainer", Rewards),
+    "rloo": ("RLOOTrainer", Rewards),
     "distillation": ("DistillationTrainer", None),
 }
 

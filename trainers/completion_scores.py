@@ -53,7 +53,7 @@ def completion_scores(
         aux_loss: whether to return the load-balancing loss.
     """
     inner = trainer.accelerator.unwrap_model(model)
-    laid_out = _lay_out(trainer, batch)
+    laid_out = lay_out(trainer, batch)
     inputs = {**laid_out.inputs, "use_cache": False}
     if aux_loss:
         inputs["output_router_logits"] = True
@@ -72,7 +72,8 @@ def completion_scores(
     return CompletionScores(laid_out.take(scores.logps), entropy, output["aux_loss"] if aux_loss else None)
 
 
-def _lay_out(trainer: Any, batch: RolloutBatch) -> AnswerBatch:
+def lay_out(trainer: Any, batch: RolloutBatch) -> AnswerBatch:
+    """The batch as the model gets it: rows of a prompt and its completions where that pays, or a row a completion."""
     prompts_and_completions = batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask
     if batch.images is not None:
         return _with_images(batch)

@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from outspoken.trainers import loading
-from outspoken.trainers.completion_scores import _lay_out as lay_out
-from outspoken.trainers.completion_scores import takes_position_ids
+from outspoken.trainers.completion_scores import lay_out, takes_position_ids
 from outspoken.trainers.config import as_config, live_field
 from outspoken.trainers.data.chat_templates import (
     apply_chat_template,
@@ -263,7 +262,7 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
 
     def _read(self, rows: list[dict[str, Any]], cap: int) -> Rollouts:
         """The dataset's completions as if they had been sampled, cut like samples are."""
-        given = self.rollouts._prepare(rows)
+        given = self.rollouts.prepare(rows)
         prompt_ids, completion_ids, masks = [], [], []
         for i, row in enumerate(rows):
             tools = schemas(given.tools[i]) if given.tools else None

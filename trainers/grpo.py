@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from outspoken.trainers import advantages as group_advantages
 from outspoken.trainers.completion_scores import needed_scores, prepare_scoring
 from outspoken.trainers.config import as_config, live_field
+from outspoken.trainers.data.vision import expect_unused_parameters
 from outspoken.trainers.losses import policy
 from outspoken.trainers.measuring import gather_rows
 from outspoken.trainers.model_card import ModelCardMixin
@@ -363,6 +364,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         check_prompts(train_dataset, eval_dataset, args, environments=environment_factory is not None)
 
         processing = prepare_processing(model, args, processing_class, trainer="GRPOTrainer", images=True)
+        expect_unused_parameters(processing.processor, args)
         model, self.ref_model, self.aux_loss_coef = prepare_models(
             model, args, processing, quantization_config, peft_config
         )

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from outspoken.trainers import advantages as group_advantages
 from outspoken.trainers.completion_scores import needed_scores, prepare_scoring
 from outspoken.trainers.config import as_config, live_field
+from outspoken.trainers.data.vision import expect_unused_parameters
 from outspoken.trainers.losses import policy
 from outspoken.trainers.measuring import gather_rows
 from outspoken.trainers.model_card import ModelCardMixin
@@ -121,6 +122,7 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
         args = as_config(RLOOConfig, args, model, "RLOOTrainer")
         check_prompts(train_dataset, eval_dataset, args)
         processing = prepare_processing(model, args, processing_class, trainer="RLOOTrainer", images=True)
+        expect_unused_parameters(processing.processor, args)
         model, self.ref_model, self.aux_loss_coef = prepare_models(
             model, args, processing, quantization_config, peft_config
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from outspoken.trainers.data.formats import column_names, is_messages, prepare_multimodal_messages
 from outspoken.trainers.data.response_templates import add_response_schema
-from outspoken.trainers.data.vision import TOKEN_TYPES, image_inputs, process, row_images
+from outspoken.trainers.data.vision import TOKEN_TYPES, image_inputs, image_token_ids, process, row_images
 from outspoken.trainers.measuring import raise_together
 from outspoken.trainers.rollouts.backends import TransformersBackend
 from outspoken.trainers.rollouts.batch import RolloutBatch, Sampled, pad_floats, pad_ids, sampled_from_ids
@@ -101,7 +101,7 @@ class Rollouts:
 
 
 @dataclass
-class _Prepared:
+class Prepared:
     """Rows with their prompts: messages or texts, tokens, tools, images as they are and as the model gets them."""
 
     rows: list[dict[str, Any]]
@@ -176,6 +176,14 @@ class RolloutWorker:
     def params(self, greedy: bool = False) -> SamplingParams:
         """How to sample, as the trainer's config stands now; `greedy`: the likeliest token instead."""
         params = sampling_params(self.trainer.args, self.end_ids)
+        if self.processor is not self.tokenizer:
+            # A token that stands for a part of an image would have none behind it.
+            unwritable = image_token_ids(self.processor)
+            if self.trainer.args.use_vllm:
+                no_images: dict[str, Any] = {"logit_bias": dict.fromkeys(unwritable, -100.0)}
+            else:
+                no_images = {"suppress_tokens": unwritable}
+            params = replace(params, extra={**no_images, **params.extra})
         return replace(params, temperature=0.0) if greedy else params
 
     def refresh(self) -> None:
@@ -194,7 +202,7 @@ class RolloutWorker:
         params = params or self.params()
         prepared, error = None, None
         try:
-            prepared = self._prepare(rows)
+            prepared = self.prepare(rows)
         except Exception as problem:
             error = problem
         raise_together(self.trainer.accelerator, error)
@@ -209,7 +217,7 @@ class RolloutWorker:
         assert rollouts is not None
         return rollouts
 
-    def _prepare(self, rows: list[dict[str, Any]]) -> "_Prepared":
+    def prepare(self, rows: list[dict[str, Any]]) -> "Prepared":
         """What is sampled from, yet without tokens of the model."""
         if self.environments is not None:
             episodes = self.environments.start(rows)
@@ -219,15 +227,15 @@ class RolloutWorker:
             prompts, environments = [row["prompt"] for row in rows], None
             tools = row_tools(self.tools, rows) if self.tools else []
         if self.rollout_func is not None:
-            return _Prepared(rows, prompts, [], tools, None, None, environments)
+            return Prepared(rows, prompts, [], tools, None, None, environments)
         pictures = inputs = None
         if rows and self.processor is not self.tokenizer:
             prompts, prompt_ids, pictures, inputs = self._tokenize_with_images(prompts, rows, tools)
         else:
             prompt_ids = self._tokenize(prompts, tools)
-        return _Prepared(rows, prompts, prompt_ids, tools, pictures, inputs, environments)
+        return Prepared(rows, prompts, prompt_ids, tools, pictures, inputs, environments)
 
-    def _sample(self, given: "_Prepared", params: SamplingParams) -> Rollouts:
+    def _sample(self, given: "Prepared", params: SamplingParams) -> Rollouts:
         rows, n = given.rows, len(given.rows)
         extra: dict[str, list[Any]] = {}
         counts: dict[str, float] = {}
