@@ -1,19 +1,24 @@
 """What a trainer that samples holds between steps, kept with its checkpoints: so a resumed run goes on as it was."""
 
 import contextlib
+import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from outspoken.trainers.rollouts.batch import RolloutBatch
 
 logger = logging.getLogger(__name__)
+
+_STEP = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 
 
 @contextlib.contextmanager
@@ -34,13 +39,56 @@ def saved_on_failure(trainer: Any) -> Iterator[None]:
 
 
 def save(trainer: Any, state: dict[str, Any], trial: Any) -> None:
-    """Write this process's state into the checkpoint that the trainer has just written."""
-    save_state(_folder(trainer, trial), trainer.accelerator.process_index, state)
+    """Write this process's state into the checkpoint that the trainer is about to write.
+
+    Before the rest: a checkpoint that has a `trainer_state.json`, which comes last, has the state of every process.
+    """
+    accelerator = trainer.accelerator
+    state = {**state, "processes": accelerator.num_processes}
+    save_state(_folder(trainer, trial), accelerator.process_index, state)
+    accelerator.wait_for_everyone()
 
 
 def load(trainer: Any, folder: str | None) -> dict[str, Any] | None:
-    """This process's state from a checkpoint; None without one, or where there is no state in it."""
-    return None if folder is None else load_state(folder, trainer.accelerator.process_index)
+    """This process's state from a checkpoint; None without one.
+
+    None also where the state of some process is missing, or of another number of processes: they sample together, so
+    that all go on with what they have, or none. All processes must call it.
+    """
+    if folder is None:
+        return None
+    accelerator = trainer.accelerator
+    state = load_state(folder, accelerator.process_index)
+    processes = None if state is None else state.pop("processes", None)
+    fits = torch.tensor([processes == accelerator.num_processes], device=accelerator.device)
+    gathered: Any = accelerator.gather(fits)
+    if bool(gathered.all()):
+        return state
+    if accelerator.is_main_process:
+        what = "is not there or cannot be read" if processes is None else f"is of {processes} process(es)"
+        logger.warning(
+            f"What was sampled and not yet used up at {folder} {what} (there are {accelerator.num_processes} now); the "
+            "rest of that generation batch is sampled anew."
+        )
+    return None
+
+
+def last_whole(folder: str) -> str | None:
+    """The newest checkpoint in an output directory that was written to its end; None if there is none.
+
+    A run that is killed while it saves leaves the beginning of a checkpoint behind.
+    """
+    places = [os.path.join(folder, name) for name in os.listdir(folder)] if os.path.isdir(folder) else []
+    whole = [place for place in places if _STEP.search(place) and _is_whole(place)]
+    return max(whole, key=lambda place: int(_STEP.search(place)[1]), default=None)  # type: ignore[index]
+
+
+def _is_whole(checkpoint: str) -> bool:
+    try:
+        with open(os.path.join(checkpoint, TRAINER_STATE_NAME)) as file:
+            return isinstance(json.load(file), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _folder(trainer: Any, trial: Any) -> str:

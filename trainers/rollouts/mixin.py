@@ -118,11 +118,14 @@ class SamplingMixin(Trainer):
 
     # A training step
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._step, self._micro_batches = None, None
+        if resume_from_checkpoint is True:
+            # transformers would take the beginning of a checkpoint, too, that a run killed while saving left behind.
+            resume_from_checkpoint = checkpoint.last_whole(self.args.output_dir) or True
         try:
             with checkpoint.saved_on_failure(self):
-                return super().train(*args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._is_sampling = False
 
@@ -141,7 +144,10 @@ class SamplingMixin(Trainer):
     def _prepare_inputs(self, rows: Any) -> Any:
         """The completions to take the loss on, a `RolloutBatch`: sampled now, or left of the last generation batch."""
         if self._mode == "eval":
-            return self._sample_and_score(rows)
+            self._is_sampling = True
+            batch = self._sample_and_score(rows)
+            self._is_sampling = False
+            return batch
         args = self.args
         steps = args.steps_per_generation
         assert self._step is not None
@@ -179,7 +185,8 @@ class SamplingMixin(Trainer):
 
     def _state_to_keep(self) -> dict[str, Any]:
         """What a trainer holds beside the weights, on this process: numbers, tensors, batches."""
-        unused = self._step is not None and self._step % self._cycle != 0
+        # Counted up to the last update step: sampling may have failed later, and a resumed run starts from that step.
+        unused = self._step is not None and sampler.micro_batches_before(self) % self._cycle != 0
         return {
             "micro_batches": self._micro_batches if unused else None,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
@@ -192,8 +199,8 @@ class SamplingMixin(Trainer):
         self._metrics["train"].update(state["metrics"])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         checkpoint.save(self, self._state_to_keep(), trial)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_folder)
@@ -232,10 +239,11 @@ class RewardMixin(SamplingMixin):
             log_metric=self._log_metric,
             environments=rollouts.environments,
         )
-        for name, seconds in self.rewards.calls.seconds.items():
-            self.recorder.set(f"rewards/{name}/seconds", seconds)
-        for name, failures in self.rewards.calls.failures.items():
-            self.recorder.set(f"rewards/{name}/failures", failures)
+        if self._mode == "train":
+            for name, seconds in self.rewards.calls.seconds.items():
+                self.recorder.set(f"rewards/{name}/seconds", seconds)
+            for name, failures in self.rewards.calls.failures.items():
+                self.recorder.set(f"rewards/{name}/failures", failures)
         return gather_rows(self.accelerator, local.to(self.accelerator.device))
 
     def _old_logps(self, batch: RolloutBatch) -> Tensor:
