@@ -3,8 +3,9 @@
 A weight is changed in place on the part of it that a process holds; only what must be whole is gathered.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +32,31 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters()
     )
+
+
+@contextlib.contextmanager
+def whole_under_zero3(engine: Any) -> Iterator[None]:
+    """While open, every process has all weights of DeepSpeed's engine, whose model works as if it were not sharded.
+
+    All processes must enter and leave it together; in between each may call the model as often as it likes, without
+    gradients. The weights must not be changed.
+    """
+    import deepspeed
+
+    engine.empty_partition_cache()
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    # DeepSpeed's hooks would let go of a layer's weights after its forward pass.
+    taken_off = []
+    for handle in (offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks):
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and handle.id in hooks:
+            taken_off.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            yield
+    finally:
+        for hooks, number, hook in taken_off:
+            hooks[number] = hook
 
 
 def reshard(model: nn.Module) -> None:

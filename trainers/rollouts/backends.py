@@ -1,7 +1,9 @@
 """The policy itself as what samples for a trainer. (`vllm_backend.py` is the other one.)"""
 
 import contextlib
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,20 +17,22 @@ from outspoken.trainers.data.vision import TOKEN_TYPES
 from outspoken.trainers.rollouts import transformers_backend
 from outspoken.trainers.rollouts.batch import Sampled, sampled_from_ids
 from outspoken.trainers.rollouts.sampling import SamplingParams
-from outspoken.trainers.sharding import is_sharded
+from outspoken.trainers.sharding import is_sharded, whole_under_zero3
 
 
 class TransformersBackend:
     """Samples with the policy itself, in the process that trains it and in the precision it trains in.
 
     Args:
-        trainer: it has `args`, `accelerator`, `model_wrapped`.
+        trainer: it has `args`, `accelerator`, `model`, `model_wrapped`, `state`.
         tokenizer: of the policy.
     """
 
     def __init__(self, trainer: Any, tokenizer: Any):
         self.trainer = trainer
         self.tokenizer = tokenizer
+        self._moment: tuple[int, bool] | None = None  # step and mode of the last call with a seed
+        self._calls = 0  # how many there were before it at that moment
 
     def generate(
         self,
@@ -44,6 +48,7 @@ class TransformersBackend:
             images: what the model gets of each prompt's images; see `RolloutBatch`.
         """
         args, accelerator = self.trainer.args, self.trainer.accelerator
+        params = self._with_seed_of_its_own(params)
         inputs = None if images is None else joined_images(images, [len(ids) for ids in prompt_ids])
         with whole_model(self.trainer) as (model, synced), accelerator.autocast():
             if args.use_transformers_continuous_batching:
@@ -63,6 +68,16 @@ class TransformersBackend:
                 model_inputs=inputs and {name: value.to(accelerator.device) for name, value in inputs.items()},
                 synced=self._anyone if synced else None,
             )
+
+    def _with_seed_of_its_own(self, params: SamplingParams) -> SamplingParams:
+        """A seed for this call and process: the same one would draw alike at each step, and on each process."""
+        if params.seed is None:
+            return params
+        moment = self.trainer.state.global_step, self.trainer.model.training
+        self._calls = self._calls + 1 if moment == self._moment else 0
+        self._moment = moment
+        drawn = random.Random(repr((params.seed, *moment, self._calls, self.trainer.accelerator.process_index)))
+        return replace(params, seed=drawn.getrandbits(63))
 
     def _anyone(self, here: bool) -> bool:
         accelerator = self.trainer.accelerator
@@ -124,6 +139,9 @@ def whole_model(trainer: Any) -> Iterator[tuple[Any, bool]]:
     if isinstance(wrapped, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False):
             yield model, True
+    elif trainer.args.ds3_gather_for_generation and any(hasattr(p, "ds_tensor") for p in model.parameters()):
+        with whole_under_zero3(wrapped):
+            yield model, False
     else:
         yield model, is_sharded(model)
 
