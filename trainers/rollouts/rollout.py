@@ -189,7 +189,7 @@ class RolloutWorker:
     def refresh(self) -> None:
         """Let another engine hold the weights as they are now, if it does not. All processes must call it."""
         report = self.backend.push_weights(self.trainer.model_wrapped, self.trainer.state.global_step)
-        if report is not None and report.pushed:
+        if report is not None and report.pushed and self.trainer.model.training:
             for name, value in report.metrics().items():
                 self.trainer.recorder.set(name, value)
 
