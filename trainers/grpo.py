@@ -496,9 +496,11 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         std = group_advantages.group_std(found.rewards[local], group)
         scores = group_advantages.informative_score(advantages[local], std, group)
         batch, replayed = self.replay.exchange(batch, scores)
-        measures.log(self, "train", "replay/replaced_groups", replayed)
-        measures.log(self, "train", "replay/buffered_groups", len(self.replay))
-        batch.active_tokens = self.accelerator.gather(batch.loss_mask.sum()).sum()
+        counts = torch.tensor([replayed, len(self.replay), int(batch.loss_mask.sum())], device=self.accelerator.device)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        measures.log(self, "train", "replay/replaced_groups", counts[0])
+        measures.log(self, "train", "replay/buffered_groups", counts[1])
+        batch.active_tokens = counts[2]
         return batch
 
     def _advantages(

@@ -218,15 +218,17 @@ def log_update(
 
 
 def record_update(trainer: Any, batch: RolloutBatch, logps: Tensor, mask: Tensor) -> None:
-    """Hand the diagnostics how far the policy has moved from the one that sampled, and how old that one is.
+    """Hand the diagnostics how far the policy has moved from the one that sampled, over all processes, and how old that
+    one is.
 
     Args:
-        logps: (n, T) of the completions that went through the model, without gradient.
+        logps: (n, T) of the completions of this process that went through the model, without gradient.
         mask: (n, T), zero for the others.
     """
-    recorder = trainer.recorder
+    recorder, accelerator = trainer.recorder, trainer.accelerator
     if batch.old_logps is not None:
-        statistics = policy.log_ratio_statistics(logps - batch.old_logps, mask)
+        moved = gather_rows(accelerator, (logps - batch.old_logps)[mask.bool()].float())
+        statistics = policy.log_ratio_statistics(moved, torch.ones_like(moved))
         names = {
             "p01": "log_ratio/p01",
             "p99": "log_ratio/p99",
@@ -239,11 +241,12 @@ def record_update(trainer: Any, batch: RolloutBatch, logps: Tensor, mask: Tensor
                 recorder.set(name, statistics[statistic])
     if batch.sampler_logps is not None and batch.old_logps is None:
         # On-policy, the training pass itself shows how far the sampler is off.
-        gap = policy.sampler_gap(logps, batch.sampler_logps, mask)
+        pairs = gather_rows(accelerator, torch.stack([logps, batch.sampler_logps], -1)[mask.bool()].float())
+        gap = policy.sampler_gap(pairs[:, 0], pairs[:, 1], torch.ones_like(pairs[:, 0]))
         for name in ("k1", "k3", "abs_mean", "abs_max"):
             if name in gap:
                 recorder.set(f"sampling/{name}", gap[name])
-    age = (trainer.state.global_step - batch.versions).float()
+    age = gather_rows(accelerator, (trainer.state.global_step - batch.versions).float())
     recorder.set("sample/staleness_mean", float(age.mean()))
     recorder.set("sample/staleness_max", float(age.max()))
 

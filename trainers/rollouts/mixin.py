@@ -251,7 +251,10 @@ class RewardMixin(SamplingMixin):
         # The sampler's own numbers are the policy's up to rounding where it is the policy, in full precision.
         known = batch.sampler_logps
         exact = self.accelerator.mixed_precision == "no" and next(self.model.parameters()).dtype == torch.float32
-        if known is not None and exact and not self.args.use_vllm and not torch.isnan(known).any():
+        usable = known is not None and exact and not self.args.use_vllm and not bool(torch.isnan(known).any())
+        # All processes or none: a pass through a sharded model is made together.
+        everywhere: Any = self.accelerator.gather(torch.tensor([usable], device=self.accelerator.device))
+        if known is not None and bool(everywhere.all()):
             return known
         return logps_without_grad(self, self.model, batch)
 
