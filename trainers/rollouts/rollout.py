@@ -113,6 +113,44 @@ class Prepared:
     environments: list[Any] | None
 
 
+class _FailedElsewhere(Exception):
+    """Another process cannot go on with its conversations; `raise_together` tells why."""
+
+
+class _Turns:
+    """The turns of conversations that processes sample together, until none goes on with any.
+
+    Attributes:
+        under_way: whether the other processes may be waiting to hear of this one's next turn.
+    """
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.under_way = False
+
+    def anyone(self, going_on: bool) -> bool:
+        """Whether any process goes on.
+
+        Raises:
+            _FailedElsewhere: one has failed.
+        """
+        if self.accelerator.num_processes == 1:
+            return going_on
+        going_on, failed = self._told(going_on, False)
+        self.under_way = going_on and not failed
+        if failed:
+            raise _FailedElsewhere
+        return going_on
+
+    def fail(self) -> None:
+        """Tell the processes that wait for this one's next turn that there is none."""
+        if self.under_way and self.accelerator.num_processes > 1:
+            self._told(False, True)
+
+    def _told(self, *flags: bool) -> list[bool]:
+        return self.accelerator.gather(torch.tensor([flags], device=self.accelerator.device)).any(0).tolist()
+
+
 class RolloutWorker:
     """Samples completions for a trainer.
 
@@ -209,10 +247,14 @@ class RolloutWorker:
         assert prepared is not None
         self.refresh()
         rollouts = None
+        turns = _Turns(self.trainer.accelerator)
         try:
-            rollouts = self._sample(prepared, params)
+            rollouts = self._sample(prepared, params, turns)
+        except _FailedElsewhere:
+            pass
         except Exception as problem:
             error = problem
+            turns.fail()
         raise_together(self.trainer.accelerator, error)
         assert rollouts is not None
         return rollouts
@@ -235,7 +277,7 @@ class RolloutWorker:
             prompt_ids = self._tokenize(prompts, tools)
         return Prepared(rows, prompts, prompt_ids, tools, pictures, inputs, environments)
 
-    def _sample(self, given: "Prepared", params: SamplingParams) -> Rollouts:
+    def _sample(self, given: "Prepared", params: SamplingParams, turns: "_Turns") -> Rollouts:
         rows, n = given.rows, len(given.rows)
         extra: dict[str, list[Any]] = {}
         counts: dict[str, float] = {}
@@ -250,6 +292,7 @@ class RolloutWorker:
             sampled = sampled_from_ids(custom.completion_ids, ends)
             sampled.logps, sampled.tool_mask = custom.logps, custom.tool_mask
         elif self._converses:
+            turns.under_way = True
             rollout = run_with_tools(
                 self.generate,
                 given.prompts,
@@ -263,7 +306,7 @@ class RolloutWorker:
                 timeout=getattr(self.trainer.args, "tool_timeout", TOOL_TIMEOUT),
                 max_length=self._longest(),
                 images=images,
-                anyone=self._anyone,
+                anyone=turns.anyone,
             )
             sampled, completions, counts = rollout, rollout.completions, tool_totals(rollout)
         else:
@@ -287,13 +330,6 @@ class RolloutWorker:
             pictures=given.pictures,
             counts=counts,
         )
-
-    def _anyone(self, here: bool) -> bool:
-        """Whether any process says so."""
-        accelerator = self.trainer.accelerator
-        if accelerator.num_processes == 1:
-            return here
-        return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())
 
     def _longest(self) -> int | None:
         """Tokens of prompt and completion that the model can take."""
