@@ -327,6 +327,13 @@ def test_tokens_that_are_not_to_be_scored(models, always):
         torch.testing.assert_close(scored(model, some)[0], expected * wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_to_be_compiled_gets_a_dense_mask(models, always):
+    batch = padded(draw(UNEVEN))
+    for compiled, by_branch in ((True, False), (False, always == "branches")):
+        grouped = grouped_completions(*batch, PAD, **grouping_settings(models("llama"), compiled=compiled))
+        assert isinstance(grouped.inputs["attention_mask"], BranchMask) == by_branch
+
+
 def test_nothing_to_share_or_to_score_uses_plain_rows(models):
     for rows in (
         draw([(12, [4])]),  # one completion

@@ -1,9 +1,10 @@
 """A mask of rows with branches, which `scaled_dot_product_attention` takes branch by branch.
 
 With a dense mask, attention computes all pairs of a row's tokens, those of two branches too, and drops them. Here each
-branch is a call of its own, over the row's prompt and the branch: less than half the time on a CPU at the first sizes
-that matter, and no memory for all pairs. The mask goes through the model like any other, so gradient checkpointing,
-adapters and wrappers know nothing of it, as with `torch.nn.attention.bias.CausalBias`.
+branch is a call of its own, over the row's prompt and the branch. On a CPU that takes less than half the time for a
+prompt of 256 tokens and eight completions of 84 on average, and no memory for all pairs. The mask goes through the model
+like any other, so gradient checkpointing, adapters and wrappers know nothing of it, as with
+`torch.nn.attention.bias.CausalBias`. Only `torch.compile` does not take it.
 """
 
 from collections.abc import Callable, Sequence

@@ -92,6 +92,7 @@ def grouped_completions(
     mask_dtype: torch.dtype | None = None,
     hidden_size: int = 1024,
     flex: bool = False,
+    by_branch: bool = False,
     windows: Mapping[str, int | None] | None = None,
     scored: Tensor | None = None,
 ) -> AnswerBatch | None:
@@ -101,14 +102,14 @@ def grouped_completions(
 
     Args:
         prompt_ids, prompt_mask, completion_ids, completion_mask, scored: as for `plain_completions`.
-        mask_dtype, hidden_size, flex, windows: what `grouping_settings` says of the model.
+        mask_dtype, hidden_size, flex, by_branch, windows: what `grouping_settings` says of the model.
     """
     if completion_ids.numel() == 0 or prompt_ids.numel() == 0:
         return None
     group = prompt_ids.masked_fill(prompt_mask == 0, -1).unique(dim=0, return_inverse=True)[1]
     counts = torch.stack([group, prompt_mask.sum(1), completion_mask.sum(1)])
     groups, prompts, lengths = counts.tolist()  # one transfer
-    by_branch = mask_dtype is None and completion_ids.device.type == "cpu"
+    by_branch = by_branch and completion_ids.device.type == "cpu"
     rows = plan_rows(groups, prompts, lengths, hidden_size, "flex" if flex else "branches" if by_branch else "rows")
     if rows is None:
         return None
@@ -356,13 +357,17 @@ def _put(values: Tensor, place: Tensor, into: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- models that allow it
 
 
-def grouping_settings(model: Any) -> dict[str, Any]:
-    """What `grouped_completions` has to know of a model: its keyword arguments `mask_dtype`, `hidden_size`, `flex` and
-    `windows`."""
+def grouping_settings(model: Any, *, compiled: bool = False) -> dict[str, Any]:
+    """What `grouped_completions` has to know of a model, as its keyword arguments.
+
+    Args:
+        compiled: whether `torch.compile` will compile the model, which takes tensors for masks only.
+    """
     return {
         "mask_dtype": mask_dtype_of(model),
         "hidden_size": model.config.get_text_config().hidden_size,
         "flex": attention_of(model) == "flex_attention",
+        "by_branch": attention_of(model) == "sdpa" and not compiled,
         "windows": layer_windows(model),
     }
 
@@ -424,7 +429,7 @@ def _why_not_by_trial(model: Any, window: int | None = None) -> str | None:
         grouped, part = lay_out(rows, prompts, lengths, prompt_ids, completion_ids, masks[1], 0)
         settings = grouping_settings(model)
         del settings["hidden_size"]
-        if attention_of(model) == "sdpa" and embeddings.device.type == "cpu":
+        if settings.pop("by_branch") and embeddings.device.type == "cpu":
             settings["sizes"] = _sizes(rows, prompts, lengths)
         positions = grouped.inputs["position_ids"]
         grouped.inputs["attention_mask"] = attention_masks(part, positions, 7 + 4, **settings)
