@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 JOBS ?= 2
 
-.PHONY: install demo test test-all lint types format bench docs surface clean
+.PHONY: install demo test test-all test-vllm lint types format bench docs surface clean
 
 install: $(VENV)/.base $(VENV)/.dev
 
@@ -27,7 +27,7 @@ demo: $(VENV)/.base
 	$(ENV) $(BIN)/outspoken demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(ENV) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+	$(ENV) $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not vllm" $(ARGS)
 
 # DeepSpeed lies beside the environment, for the tests that start processes with it: accelerate imports it into every
 # process that can see it. Where it cannot be built, those tests are skipped.
@@ -38,6 +38,18 @@ $(VENV)/.deepspeed: $(VENV)/.dev
 
 test-all: $(VENV)/.dev $(VENV)/.deepspeed
 	$(ENV) $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+# The real vLLM, in an environment of its own: it pins versions of what others here need newer.
+VLLM := .venv-vllm
+$(VLLM)/.ready: constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --upgrade pip
+	$(VLLM)/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	mkdir -p $(VLLM)/src && ln -sfn "$(CURDIR)" $(VLLM)/src/outspoken
+	touch $@
+
+test-vllm: $(VLLM)/.ready
+	$(ENV) PYTHONPATH=$(VLLM)/src $(VLLM)/bin/python -m pytest -q -m vllm tests/test_vllm_real.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -55,7 +67,7 @@ bench: $(VENV)/.dev
 	$(ENV) $(BIN)/python benchmarks/offline.py --quick
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_rules.py

@@ -113,14 +113,14 @@ class WeightReceiver:
         self._outspoken_finish()
         return {"checksum": self._outspoken_checksum.hex, "loaded": self._outspoken_loaded}
 
-    def outspoken_weight_sums(self, names: Sequence[str]) -> dict[str, tuple[float, float, int, str]]:
+    def outspoken_weight_sums(self, names: Sequence[str]) -> dict[str, Sums]:
         """Sums over this worker's part of each parameter; a parameter that cannot be read is left out."""
         model = self._outspoken_model()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         users: dict[int, list[str]] = {}  # a tied parameter's layers
         for name, parameter in parameters.items():
             users.setdefault(id(parameter), []).append(name)
-        found = {}
+        found: dict[str, Sums] = {}
         with self._outspoken_config(), torch.no_grad():
             for name in names:
                 if (parameter := parameters.get(name)) is None:
@@ -132,7 +132,7 @@ class WeightReceiver:
                         values.append(_packed_sums(layer, parameter))
                 if values:
                     # A copy that is not like the others is the one to tell of.
-                    found[name] = tuple(next((v for v in values if v != values[0]), values[0]))
+                    found[name] = next((v for v in values if v != values[0]), values[0])
         return found
 
     def outspoken_init_communicator(self, host: str, port: int, world_size: int) -> None:
@@ -156,10 +156,8 @@ class WeightReceiver:
         model = self._outspoken_model()
         with self._outspoken_config(), torch.no_grad():
             finalize_layerwise_reload(model, self.model_config)  # type: ignore[attr-defined]
-            # A head that is tied to the embeddings gets no weights of its own, and on a CPU computes with a packed copy.
-            for layer in model.modules():
-                if _packed(layer) and getattr(layer, "weight", torch.empty(0)).numel():
-                    layer.quant_method.process_weights_after_loading(layer)
+            if self.device.type == "cpu":  # type: ignore[attr-defined]
+                _pack_again(model)
 
     def _outspoken_model(self) -> Any:
         return self.model_runner.get_model()  # type: ignore[attr-defined]
@@ -179,6 +177,18 @@ def nccl_communicator(host: str, port: int, rank: int, world_size: int, device: 
     return PyNcclCommunicator(group, device=device)
 
 
+def _pack_again(model: Any) -> None:
+    """On a CPU layers compute with packed weights, and vLLM forgets two kinds of them when weights are loaded anew."""
+    for layer in model.modules():
+        if _packed(layer) and getattr(layer, "weight", torch.empty(0)).numel():
+            # A head that is tied to the embeddings: it gets no weights of its own.
+            layer.quant_method.process_weights_after_loading(layer)
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if experts is not None and hasattr(layer, "w13_weight"):
+            experts.process_weights_after_loading(layer)
+
+
 def _packed(layer: Any) -> bool:
     """Whether a layer computes with a packed copy of its weight, as all linear layers do on a CPU."""
     return hasattr(layer, "cpu_linear") and hasattr(layer, "quant_method")
@@ -186,7 +196,11 @@ def _packed(layer: Any) -> bool:
 
 def _packed_sums(layer: Any, parameter: Tensor) -> Sums:
     """Sums over the matrix that a layer computes with, read by multiplying unit vectors with it."""
-    width = parameter.shape[1] if parameter.numel() else layer.input_size_per_partition
+    width = (
+        parameter.shape[1]
+        if parameter.numel()
+        else getattr(layer, "input_size_per_partition", None) or layer.input_size
+    )
     parts = []
     for start in range(0, width, 256):
         rows = torch.zeros(min(256, width - start), width, dtype=parameter.dtype)
