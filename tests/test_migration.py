@@ -68,9 +68,9 @@ def test_a_trl_script_trains_to_the_same_numbers(name, tiny_model_dir, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kto", "grpo"])
+@pytest.mark.parametrize("name", ["kto", "grpo", "rloo", "distillation"])
 def test_a_trl_script_runs(name, tiny_model_dir, tmp_path):
-    # Not compared: KTO shuffles here and cannot in TRL, and samples of GRPO are drawn in another order.
+    # Not compared: KTO shuffles here and cannot in TRL, and samples are drawn in another order.
     logged = run(name, "outspoken", tiny_model_dir, tmp_path)["log"]
     theirs = run(name, "trl", tiny_model_dir, tmp_path)["log"]
     missing = {key for row in theirs for key in row} - {key for row in logged for key in row}

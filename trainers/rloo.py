@@ -214,10 +214,9 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
 
         with torch.no_grad():
             known = scored if batch.sampler_entropies is None else torch.ones_like(scored)
-            clipped = {}
-            if args.loss_type == "clipped":
-                names = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region")
-                clipped = dict(zip(names, policy.clip_fractions(ratio, advantages, args.epsilon, epsilon_high)))
+            # Of 'reinforce', which does not clip, they tell which completions are outside of the range.
+            names = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region")
+            clipped = dict(zip(names, policy.clip_fractions(ratio, advantages, args.epsilon, epsilon_high)))
             measures.log_update(self, mode, mask, entropies, known, None, clipped)
             if mode == "train":
                 measures.record_update(self, batch, logps.detach(), mask * scored.unsqueeze(1))
