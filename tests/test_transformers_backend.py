@@ -382,6 +382,7 @@ PROCESSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 @pytest.mark.parametrize("extra", PROCESSED.values(), ids=PROCESSED)
 def test_further_settings_are_processed_as_generate_does(extra, llama, tokenizer):
     prompt = prompts(9)[0]
@@ -536,6 +537,25 @@ def test_seeds(llama, tokenizer):
     assert one.completion_ids != two.completion_ids
     torch.manual_seed(0)
     assert sample(llama, prompt_ids, free, tokenizer=tokenizer) == one
+
+
+def test_settings_may_stand_in_extra(llama, tokenizer):
+    """Under the names of `GenerationConfig`, where they win over the fields."""
+    prompt_ids = prompts(6, 9, copies=2)
+    plain = SamplingParams(max_new_tokens=20, temperature=0.5, top_k=5, end_ids=(3, 4), seed=2)
+    extra = {"temperature": 0.5, "top_k": 5, "eos_token_id": [3, 4], "max_new_tokens": 20, "min_p": None}
+    given = SamplingParams(max_new_tokens=3, end_ids=(END,), seed=2, extra=extra)
+    assert sample(llama, prompt_ids, given, tokenizer=tokenizer) == sample(
+        llama, prompt_ids, plain, tokenizer=tokenizer
+    )
+    given = SamplingParams(max_new_tokens=20, seed=2, extra={"do_sample": False, "eos_token_id": END})
+    assert sample(llama, prompt_ids, given, tokenizer=tokenizer) == sample(
+        llama, prompt_ids, greedy(20), tokenizer=tokenizer
+    )
+    stops = [SamplingParams(max_new_tokens=9, seed=2, stop=("e",)), None, None]
+    stops[1:] = [SamplingParams(max_new_tokens=9, seed=2, extra={name: "e"}) for name in ("stop", "stop_strings")]
+    found = [sample(llama, prompt_ids, params, tokenizer=tokenizer) for params in stops]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_trial_leaves_random_numbers_alone(tokenizer):
@@ -800,9 +820,9 @@ def test_the_numbers_of_the_table_of_groups():
     groups = kv_cache.Groups.of([0, 0, 0, 1, 1, 1], 2, torch.device("cpu"))
     assert groups.source is None and groups.width == 3
     values = torch.arange(6 * 2 * 3 * 4.0).view(6, 2, 3, 4)
-    assert torch.equal(kv_cache._by_row(kv_cache._by_prompt(values, groups), groups), values)
+    assert torch.equal(kv_cache._by_row(kv_cache._by_prompt(values, groups), groups, 2), values)
     groups = kv_cache.Groups.of([1, 0, 1, 1], 2, torch.device("cpu"))
     assert groups.width == 3 and groups.place.tolist() == [3, 0, 4, 5]
     values = torch.arange(4 * 2 * 3 * 4.0).view(4, 2, 3, 4)
-    assert torch.equal(kv_cache._by_row(kv_cache._by_prompt(values, groups), groups), values)
-    assert math.isclose(float(kv_cache._by_prompt(values, groups)[1].sum()), float(values[[0, 2, 3]].sum()))
+    assert torch.equal(kv_cache._by_row(kv_cache._by_prompt(values, groups), groups, 2), values)
+    assert math.isclose(float(kv_cache._by_prompt(values, groups)[2:].sum()), float(values[[0, 2, 3]].sum()))

@@ -76,23 +76,22 @@ class SharedPromptLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add a token's keys and values, (N, H, 1, D); returns those of all completion tokens that it sees."""
-        rows = len(key_states)
         if self.keys is None or self.length == self.keys.size(2):
             self.keys = self._grown(self.keys, key_states)
             self.values = self._grown(self.values, value_states)
         assert self.keys is not None and self.values is not None
-        self.keys[:rows, :, self.length] = key_states[:, :, 0]
-        self.values[:rows, :, self.length] = value_states[:, :, 0]
+        self.keys.select(2, self.length).copy_(key_states.squeeze(2))
+        self.values.select(2, self.length).copy_(value_states.squeeze(2))
         self.length += 1
         first = 0 if self.window is None else max(0, self.length - self.window)
-        return self.keys[:rows, :, first : self.length], self.values[:rows, :, first : self.length]
+        return self.keys[:, :, first : self.length], self.values[:, :, first : self.length]
 
     def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
         capacity = min(self.most, FIRST_CAPACITY) if old is None else min(self.most, 2 * self.length)
         rows, heads, _, size = like.shape
         new = like.new_empty(rows, heads, max(capacity, self.length + 1), size)
         if old is not None:
-            new[:, :, : self.length] = old[:rows, :, : self.length]
+            new[:, :, : self.length] = old[:, :, : self.length]
         return new
 
     def prompt(self) -> tuple[Tensor, Tensor]:
@@ -105,10 +104,12 @@ class SharedPromptLayer(CacheLayerMixin):
         first = columns - seen
         return self.prompt_keys[:, :, first:], self.prompt_values[:, :, first:]
 
-    def move_rows(self, to: Tensor, source: Tensor) -> None:
-        for buffer in (self.keys, self.values):
-            if buffer is not None:
-                buffer[to, :, : self.length] = buffer[source, :, : self.length]
+    def move_rows(self, to: Tensor, source: Tensor, number: int) -> None:
+        if self.keys is not None and self.values is not None:
+            if len(to):
+                for buffer in (self.keys, self.values):
+                    buffer[to, :, : self.length] = buffer[source, :, : self.length]
+            self.keys, self.values = self.keys[:number], self.values[:number]
 
     def move_prompts(self, to: Tensor, source: Tensor, number: int) -> None:
         if len(to):
@@ -141,11 +142,13 @@ class SharedPromptCache(Cache):
         super().__init__(layers=layers)
         self.bias, self.groups = bias, groups
 
-    def move_rows(self, to: Tensor, source: Tensor) -> None:
-        """Let the rows `source` take the places `to`; `groups` is the caller's to set."""
-        if len(to):
-            for layer in self.layers:
-                layer.move_rows(to, source)
+    def move_rows(self, to: Tensor, source: Tensor, number: int) -> None:
+        """Let the rows `source` take the places `to`, and forget all but the first `number`.
+
+        `groups` is the caller's to set.
+        """
+        for layer in self.layers:
+            layer.move_rows(to, source, number)
 
     def move_prompts(self, to: Tensor, source: Tensor, number: int) -> None:
         """Let the prompts `source` take the places `to`, and forget all but the first `number`."""
@@ -268,50 +271,49 @@ def attend(
     cache = _active[-1]
     index: Any = module.layer_idx
     prompt_keys, prompt_values = cache.layers[index].prompt()
-    groups = cache.groups
+    groups, columns = cache.groups, prompt_keys.size(2)
     rows, query_heads, _, size = query.shape
     heads = key.size(1)
-    query = (query * (size**-0.5 if scaling is None else scaling)).reshape(rows, heads, query_heads // heads, size)
-    logits = torch.matmul(query, key.transpose(2, 3))
-    columns = prompt_keys.size(2)
+    scale = size**-0.5 if scaling is None else scaling
+    query = query.reshape(rows, heads, query_heads // heads, size)
+    logits = _products(query.flatten(0, 1), key, scale, softcap).view(rows, heads, -1, key.size(2))
     if columns:
-        met = torch.matmul(_by_prompt(query, groups), prompt_keys.transpose(2, 3))
-        if softcap is not None:
-            met = torch.tanh(met / softcap) * softcap
+        met = _products(_by_prompt(query, groups), prompt_keys, scale, softcap)
         if cache.bias is not None:
-            met = met + cache.bias[..., -columns:].to(met.dtype)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        logits = torch.cat([_by_row(met, groups), logits], -1)
-    elif softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+            met = met.view(groups.prompts, heads, -1, columns) + cache.bias[..., -columns:].to(met.dtype)
+        logits = torch.cat([_by_row(met, groups, heads), logits], -1)
     if s_aux is not None:
         sink = s_aux.reshape(1, heads, -1, 1).expand(rows, -1, -1, 1).to(logits.dtype)
         logits = torch.cat([logits, sink], -1)
     weights = torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype)
-    if s_aux is not None:
-        weights = weights[..., :-1]
-    mixed = torch.matmul(weights[..., columns:], value)
+    of_prompt, of_row = weights[..., :columns], weights[..., columns : columns + key.size(2)]
+    mixed = torch.matmul(of_row, value)
     if columns:
-        mixed += _by_row(torch.matmul(_by_prompt(weights[..., :columns], groups), prompt_values), groups)
+        mixed += _by_row(torch.bmm(_by_prompt(of_prompt, groups), prompt_values.flatten(0, 1)), groups, heads)
     return mixed.reshape(rows, 1, query_heads, -1), None
 
 
 AttentionInterface.register(ATTENTION, attend)
 
 
+def _products(queries: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Attention logits of queries (X * H, Y, D) with keys (X, H, Z, D): (X * H, Y, Z)."""
+    unused = queries.new_empty(1, 1, 1)
+    logits = torch.baddbmm(unused, queries, keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def _by_prompt(rows: Tensor, groups: Groups) -> Tensor:
-    """(N, H, R, X) as (B, H, G * R, X)."""
+    """(N, H, R, X) as (B * H, G * R, X)."""
     if groups.source is not None:
         rows = rows.index_select(0, groups.source)
     _, heads, shared, last = rows.shape
     table = rows.reshape(groups.prompts, groups.width, heads, shared, last)
-    return table.transpose(1, 2).reshape(groups.prompts, heads, groups.width * shared, last)
+    return table.transpose(1, 2).reshape(groups.prompts * heads, groups.width * shared, last)
 
 
-def _by_row(prompts: Tensor, groups: Groups) -> Tensor:
-    """(B, H, G * R, X) as (N, H, R, X)."""
-    _, heads, _, last = prompts.shape
-    table = prompts.view(groups.prompts, heads, groups.width, -1, last).transpose(1, 2)
-    rows = table.reshape(groups.prompts * groups.width, heads, -1, last)
+def _by_row(prompts: Tensor, groups: Groups, heads: int) -> Tensor:
+    """(B * H, G * R, X) as (N, H, R, X)."""
+    table = prompts.view(groups.prompts, heads, groups.width, -1, prompts.size(-1)).transpose(1, 2)
+    rows = table.reshape(groups.prompts * groups.width, heads, -1, prompts.size(-1))
     return rows if groups.place is None else rows.index_select(0, groups.place)

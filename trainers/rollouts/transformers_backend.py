@@ -42,7 +42,7 @@ from outspoken.trainers.sharding import is_sharded, unwrapped
 PREFILL_TOKENS = 2**13
 MAX_PADDING = 0.2
 # Rows that ended are dropped once they are this share of the batch.
-ENDED_SHARE = 1 / 16
+ENDED_SHARE = 1 / 8
 # Weights are laid out for sampling (`packed_linear.py`) where a completion may have so many tokens.
 PACK_FROM = 32
 # So many likeliest tokens are sorted first on a CPU, and all only where they are not enough for `top_p`.
@@ -94,62 +94,6 @@ def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
         if token in eos_ids:
             return ids[: position + 1]
     return ids
-
-
-def generation_config(args: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> GenerationConfig:
-    """What the trainer's config says about sampling, as it stands now."""
-    settings = {
-        "max_new_tokens": args.max_completion_length,
-        "do_sample": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": list(eos_ids),
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-        "cache_implementation": args.cache_implementation,
-        "disable_compile": True,
-    }
-    return GenerationConfig(**{**settings, **(args.generation_kwargs or {})})
-
-
-def generate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[Sequence[int]],
-    args: Any,
-    eos_ids: Sequence[int],
-) -> list[list[int]]:
-    """Sample one completion for each prompt, all in one batch; a prompt that occurs G times gets G of them.
-
-    The model samples in evaluation mode (no dropout, key-value cache on even where training recomputes activations) and
-    is left in the mode it came in. Randomness is torch's global generator.
-
-    Args:
-        model: the unwrapped model.
-        prompt_ids: token ids of each prompt.
-        args: the trainer's config; the sampling settings are read from it at each call.
-        eos_ids: tokens that end a completion.
-
-    Returns:
-        Token ids of each completion, up to and with the first EOS token.
-    """
-    device = next(model.parameters()).device
-    ids, mask = pad_ids(prompt_ids, tokenizer.pad_token_id, "left", args.pad_to_multiple_of)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            sampled = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=generation_config(args, tokenizer, eos_ids),
-            )
-    finally:
-        model.train(was_training)
-    return [cut_after_eos(row, set(eos_ids)) for row in sampled[:, ids.size(1) :].tolist()]
 
 
 # ------------------------------------------------------------------------------------------------- what is called
@@ -234,23 +178,19 @@ def _settled(
     params: SamplingParams, prompt_ids: Sequence[Sequence[int]], caps: Sequence[int] | None
 ) -> SamplingParams:
     """The settings with what `extra` says about their fields, checked."""
-    extra = dict(params.extra)
+    extra = {name: value for name, value in params.extra.items() if value is not None}
     if extra.pop("do_sample", True) is False:
         extra["temperature"] = 0.0
+    for field, name in (("stop", "stop_strings"), ("end_ids", "eos_token_id")):
+        if (given := extra.pop(name, extra.get(field))) is not None:
+            extra[field] = (given,) if isinstance(given, (str, int)) else tuple(given)
     own = {f.name: extra.pop(f.name) for f in fields(params) if f.name in extra}
-    for name in ("stop", "stop_strings"):
-        if extra.get(name) is not None:
-            own["stop"] = (extra[name],) if isinstance(extra[name], str) else tuple(extra[name])
-        extra.pop(name, None)
-    ends = extra.pop("eos_token_id", None)
-    if ends is not None:
-        own["end_ids"] = (ends,) if isinstance(ends, int) else tuple(ends)
     known = vars(GenerationConfig())
     for name in extra:
         if name not in known or name.startswith("_"):
             raise ValueError(f"{name!r} is no setting of sampling with transformers; see its `GenerationConfig`.")
-    params = replace(params, **own, extra={k: v for k, v in extra.items() if v is not None})
-    if extra.get("num_return_sequences", 1) not in (None, 1):
+    params = replace(params, **own, extra=extra)
+    if extra.get("num_return_sequences", 1) != 1:
         raise ValueError(
             f"num_return_sequences is {extra['num_return_sequences']}; a prompt gets as many completions as it occurs."
         )
@@ -464,36 +404,38 @@ def _sample_batch(
     batch = _Batch(run, prompts, owners, [caps[row] for row in rows], cache, logits.size(-1))
     logits = logits[batch.owner]
 
-    ids = torch.zeros(len(rows), most, dtype=torch.long, device=device)
-    logps, entropies = (torch.zeros(len(rows), most, device=device) for _ in range(2))
-    lengths, finished = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
     stops = _StopTexts(run.tokenizer, params.stop, [prompts[owner] for owner in owners]) if params.stop else None
+    drawn: list[tuple[Tensor, ...]] = []  # of each step: the rows' slots, tokens, log-probabilities and entropies
+    lengths, finished = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.bool)
     for step in range(most):
-        tokens, logp, entropy = _next_tokens(logits, params, batch.scores(logits), run.generator)
-        ids[batch.slot, step], logps[batch.slot, step], entropies[batch.slot, step] = tokens, logp, entropy
+        tokens, logps, entropies = _next_tokens(logits, params, batch.scores(logits), run.generator)
+        drawn.append((batch.slot, tokens, logps, entropies))
         by_itself = (tokens[:, None] == run.ends).any(1)
         if stops is not None:
             by_itself |= stops.completed_by(batch.slot.tolist(), tokens.tolist(), device)
-        ended = (by_itself | (batch.cap <= step + 1)) & batch.alive
-        number = int(ended.sum())
-        if number:
-            batch.alive &= ~ended
-            batch.running -= number
+        ended = by_itself & batch.alive
+        if step + 1 >= batch.next_cap:
+            ended |= (batch.cap <= step + 1) & batch.alive
+        if bool(ended.any()):
             slots = batch.slot[ended].cpu()
             lengths[slots], finished[slots] = step + 1, by_itself[ended].cpu()
+            batch.end(ended)
         if not batch.running:
             break
-        batch.add(tokens, step)
+        batch.add(tokens)
         if len(tokens) - batch.running >= max(1.0, ENDED_SHARE * len(tokens)):
             tokens = tokens[batch.drop_ended()]
         logits = _step(run, cache, tokens, batch.position + step)
 
-    for slot, row in enumerate(rows):
-        length = int(lengths[slot])
-        found.ids[row] = ids[slot, :length].tolist()
-        found.logps[row] = logps[slot, :length].tolist()
-        found.entropies[row] = entropies[slot, :length].tolist()
-        found.finished[row] = bool(finished[slot])
+    slot, *values = (torch.cat(of_steps).cpu() for of_steps in zip(*drawn))
+    column = torch.arange(len(drawn)).repeat_interleave(torch.tensor([len(slots) for slots, *_ in drawn]))
+    for number, value in enumerate(values):
+        table = value.new_zeros(len(rows), len(drawn))
+        table[slot, column] = value
+        for row, length, of_row in zip(rows, lengths.tolist(), table.tolist()):
+            (found.ids, found.logps, found.entropies)[number][row] = of_row[:length]
+    for row, by_itself_at_last in zip(rows, finished.tolist()):
+        found.finished[row] = by_itself_at_last
 
 
 class _Batch:
@@ -502,7 +444,7 @@ class _Batch:
     Attributes:
         slot: the row's number before any was dropped. owner: its prompt. cap: most tokens it may have. position: of its
             first token. All (n,).
-        alive: whether it goes on, (n,); `running` of them do.
+        alive: whether it goes on, (n,); `running` of them do, the first to be cut after `next_cap` tokens.
         seen: the tokens that the repetition penalty is for, (n, V); None without it.
         processors: transformers' logits processors, if the settings need them, for each length of a prompt.
         history: prompts and completions, for the processors, (n, P + tokens); None without them.
@@ -524,7 +466,7 @@ class _Batch:
         self.cap = torch.tensor(caps, device=device)
         self.position = torch.tensor([len(prompt) for prompt in prompts], device=device)[self.owner]
         self.alive = torch.ones(len(owners), dtype=torch.bool, device=device)
-        self.running = len(owners)
+        self.running, self.next_cap = len(owners), min(caps)
         self.params = run.params
         self.longest = max(map(len, prompts))
         self.seen: Tensor | None = None
@@ -554,7 +496,13 @@ class _Batch:
                 scores[rows] = processors(history, logits[rows].float())
         return scores
 
-    def add(self, tokens: Tensor, step: int) -> None:
+    def end(self, ended: Tensor) -> None:
+        """Let rows go no further, (n,) bool."""
+        self.alive &= ~ended
+        caps = self.cap[self.alive].tolist()
+        self.running, self.next_cap = len(caps), min(caps, default=0)
+
+    def add(self, tokens: Tensor) -> None:
         """Remember the tokens sampled at this step."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
@@ -565,7 +513,7 @@ class _Batch:
         """Let the last rows take the places of those that ended; returns which rows are left, in their new order."""
         device = self.slot.device
         to, source, rows = _moves(self.alive.tolist(), device)
-        self.cache.move_rows(to, source)
+        self.cache.move_rows(to, source, self.running)
         self.slot, self.owner, self.cap = self.slot[rows], self.owner[rows], self.cap[rows]
         self.position, self.alive = self.position[rows], self.alive[rows]
         self.seen = None if self.seen is None else self.seen[rows]
@@ -890,7 +838,8 @@ class _Recorder:
 
     def record(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.pending is not None:
-            self._settle(kwargs["input_ids"][:, -1])
+            name = "decoder_input_ids" if kwargs.get("decoder_input_ids") is not None else "input_ids"
+            self._settle(kwargs[name][:, -1])
         logits = output.logits[:, -1].float() / self.temperature
         self.pending = torch.log_softmax(logits, -1)
 
