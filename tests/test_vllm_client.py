@@ -176,6 +176,8 @@ def test_what_is_wrong_with_a_request_is_one_sentence(start):
         client.generate(request([[5]], n=[1, 1]))
     with pytest.raises(ValueError, match=r"generation_kwargs holds something that cannot be sent"):
         client.generate(request([[5]], structured_outputs=object()))
+    client.generate(request([[5]], logit_bias={7: -1.5}))  # whose keys are strings in JSON
+    assert running.service.engine.llm.calls[-1][1][0].logit_bias == {7: -1.5}
     assert client.generate(request([[5] * 14], max_tokens=[50]))["finished"] == [False]  # cut where the window ends
 
 

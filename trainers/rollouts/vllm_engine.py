@@ -412,6 +412,8 @@ class VLLMEngine:
         try:
             if isinstance(settings.get("structured_outputs"), Mapping):
                 settings["structured_outputs"] = StructuredOutputsParams(**settings["structured_outputs"])
+            if isinstance(settings.get("logit_bias"), Mapping):  # whose keys JSON turned into strings
+                settings["logit_bias"] = {int(token): bias for token, bias in settings["logit_bias"].items()}
             return SamplingParams(**settings, logprobs=0)
         except Exception as error:  # of types that changed from version to version
             raise ValueError(f"vLLM refuses the sampling settings: {' '.join(str(error).split())}") from error

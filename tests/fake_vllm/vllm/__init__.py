@@ -47,6 +47,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputsParams | None = None
+    logit_bias: dict | None = None
 
     def __post_init__(self):
         if self.temperature < 1e-5 and self.n > 1:
@@ -100,6 +101,9 @@ class Model(nn.Module):
 
     def named_parameters(self, *args, **kwargs):
         return iter({name: nn.Parameter(t, requires_grad=False) for name, t in self.tensors.items()}.items())
+
+    def get_submodule(self, name):
+        return nn.Module()  # none of which keeps a packed copy
 
     def load_weights(self, weights):
         loaded = set()
