@@ -76,6 +76,8 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
     Raises:
         Exception: the error of this process.
         RuntimeError: an error of another process.
+
+    What is raised is known to `is_raised_together`.
     """
     if accelerator.num_processes > 1:
         failed: Any = accelerator.gather(torch.tensor([error is not None], device=accelerator.device))
@@ -84,9 +86,18 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
             texts = gather_object([told])
             if error is None:
                 rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
-                raise RuntimeError(f"Process {rank} failed, so this one stops too. There: {text}")
+                error = RuntimeError(f"Process {rank} failed, so this one stops too. There: {text}")
     if error is not None:
+        setattr(error, _TOGETHER, True)
         raise error
+
+
+_TOGETHER = "_outspoken_raised_together"
+
+
+def is_raised_together(error: BaseException) -> bool:
+    """Whether all processes raise an error at the same point, so that they can still do something together."""
+    return getattr(error, _TOGETHER, False)
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from outspoken.trainers.measuring import is_raised_together
 from outspoken.trainers.rollouts.batch import RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -25,14 +26,16 @@ _STEP = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 def saved_on_failure(trainer: Any) -> Iterator[None]:
     """Leave a checkpoint of the last finished update step behind when sampling or scoring fails for good.
 
-    Processes fail together then (`raise_together`), so that all of them can write their part.
+    Several processes all write their part, so only where they fail together (`raise_together`).
     """
     try:
         yield
     except Exception as error:
         step, folder = trainer.state.global_step, _folder(trainer, None)
-        if trainer._is_sampling and step > 0:
-            if not os.path.isdir(folder):
+        together = trainer.accelerator.num_processes == 1 or is_raised_together(error)
+        if trainer._is_sampling and step > 0 and together:
+            there = torch.tensor([os.path.isdir(folder)], device=trainer.accelerator.device)
+            if not bool(trainer.accelerator.gather(there).any()):
                 trainer._save_checkpoint(trainer.model, None)
             error.add_note(f"The run is saved up to step {step} in {folder}; resume from there.")
         raise
