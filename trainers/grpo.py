@@ -724,7 +724,9 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
     def _entropy_bonus(self, mode: str, entropies: Tensor, used: Tensor) -> Tensor:
         """The weighted bonus of a micro-batch; with adaptive control, the weight of the next step is set at its end."""
         args = self.args
-        bonus = (entropies * used).sum() / used.sum().clamp(min=1.0)
+        # Over the tokens of all processes: gradients are averaged over the processes afterwards.
+        tokens = self.accelerator.reduce(used.sum(), reduction="sum") / self.accelerator.num_processes
+        bonus = (entropies * used).sum() / tokens.clamp(min=1.0 / self.accelerator.num_processes)
         if not args.use_adaptive_entropy:
             return args.entropy_coef * bonus
         coef = policy.applied_entropy_coef(self.entropy_coef, self._last_entropy, args.entropy_target)
