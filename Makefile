@@ -65,6 +65,7 @@ types: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(ENV) $(BIN)/python benchmarks/cost.py
 	$(ENV) $(BIN)/python benchmarks/offline.py --quick
+	$(ENV) $(BIN)/python benchmarks/online.py --quick
 
 clean:
 	rm -rf $(VENV) $(VLLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 DOC = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- offline: begin -->", "<!-- offline: end -->"
@@ -64,7 +65,7 @@ CASES = {
 }
 
 
-def build_model(folder: Path, layers: int, hidden: int) -> float:
+def build_model(folder: Path, layers: int, hidden: int, vocabulary: int = VOCABULARY) -> float:
     """Save a small Llama with random weights, and a tokenizer that makes one token of each word `w<number>`.
 
     Returns the share of the weights that are in the output head, which is that of the multiplications too.
@@ -74,10 +75,15 @@ def build_model(folder: Path, layers: int, hidden: int) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 3 * hidden}
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "vocab_size": vocabulary,
+    }
     model = LlamaForCausalLM(LlamaConfig(**MODEL | sizes))
     model.save_pretrained(folder)
-    words = ["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(4, VOCABULARY))]
+    words = ["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(4, vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -127,11 +133,64 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def own_stdout() -> TextIO:
+    """Standard output for what this script says; what trainers print goes to standard error."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return channel
+
+
+def turn_taking(steps: int, device: str, channel: TextIO, each_step: Callable[[], None] = lambda: None) -> Any:
+    """A callback that lets a trainer train in turns: each waits for a line on stdin, and ends with one on `channel`.
+
+    What was held when this was called is not counted as memory.
+
+    Args:
+        steps: optimizer steps of a turn.
+        each_step: called after each step, outside of what is timed.
+    """
+    import gc
+
+    import torch
+    import transformers
+
+    cuda = device == "cuda"
+    gc.collect()
+    baseline = torch.cuda.memory_allocated() / 2**20 if cuda else resident()[0]
+
+    class Turns(transformers.TrainerCallback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+
+        def wait(self) -> None:
+            sys.stdin.readline()
+            self.began = time.perf_counter(), time.process_time()
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            torch.cuda.reset_peak_memory_stats() if cuda else forget_peak()
+            self.wait()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                self.losses.append(logs["loss"])
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % steps == 0:
+                if cuda:
+                    torch.cuda.synchronize()
+                wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+                peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident()[1]
+                print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak - baseline}), file=channel, flush=True)
+            each_step()
+            if state.global_step % steps == 0 and state.global_step < state.max_steps:
+                self.wait()
+
+    return Turns()
+
+
 def contend(contender: str, name: str, peft: str, model: str, steps: int, turns: int, device: str) -> None:
     """Train a case in turns of `steps` optimizer steps: each waits for a line on stdin, and ends with one on stdout."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what trainers print goes elsewhere
-    import gc
+    channel = own_stdout()
     import importlib
 
     import torch
@@ -159,36 +218,7 @@ def contend(contender: str, name: str, peft: str, model: str, steps: int, turns:
             modules_to_save=["score"] if case.trainer == "Reward" else None,
         )
     data = Dataset.from_list(rows(name, case.batch * steps * turns))
-    gc.collect()
-    baseline = torch.cuda.memory_allocated() / 2**20 if cuda else resident()[0]
-
-    class Turns(transformers.TrainerCallback):
-        losses: list[float] = []
-
-        def wait(self) -> None:
-            sys.stdin.readline()
-            self.began = time.perf_counter(), time.process_time()
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            torch.cuda.reset_peak_memory_stats() if cuda else forget_peak()
-            self.wait()
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in (logs or {}):
-                self.losses.append(logs["loss"])
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % steps:
-                return
-            if cuda:
-                torch.cuda.synchronize()
-            wall, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-            peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident()[1]
-            print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak - baseline}), file=channel, flush=True)
-            if state.global_step < state.max_steps:
-                self.wait()
-
-    turn = Turns()
+    turn = turn_taking(steps, device, channel)
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(
             folder,
@@ -219,10 +249,10 @@ def contend(contender: str, name: str, peft: str, model: str, steps: int, turns:
 class Contender:
     """A process that trains when told to."""
 
-    def __init__(self, contender: str, *args: Any) -> None:
+    def __init__(self, script: str, *args: Any) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--contend", json.dumps([contender, *args])],
+            [sys.executable, script, "--contend", json.dumps(args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -245,7 +275,7 @@ class Contender:
 
 def contest(name: str, peft: str, model: str, steps: int, turns: int, device: str) -> dict[str, Any]:
     """Both contenders on a case; the first turn of each is not counted."""
-    contenders = {who: Contender(who, name, peft, model, steps, turns, device) for who in CONTENDERS}
+    contenders = {who: Contender(__file__, who, name, peft, model, steps, turns, device) for who in CONTENDERS}
     try:
         # The one that goes first alternates: whoever follows finds a warmer or busier machine.
         orders = [CONTENDERS if turn % 2 else CONTENDERS[::-1] for turn in range(turns)]
@@ -306,6 +336,13 @@ def machine(device: str) -> str:
     return f"{where}{threads}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
 
 
+def write(begin: str, end: str, text: str) -> None:
+    """Put a text into docs/performance.md, between two markers."""
+    head, _, rest = DOC.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    DOC.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", default=",".join(CASES), help="cases, of " + ", ".join(CASES))
@@ -348,9 +385,7 @@ def main() -> None:
         cases = {name: asdict(case) for name, case in CASES.items()}
         args.json.write_text(json.dumps({"machine": machine(device), "cases": cases, "results": results}, indent=1))
     if args.write:
-        head, _, rest = DOC.read_text().partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        DOC.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+        write(BEGIN, END, text)
 
 
 if __name__ == "__main__":
