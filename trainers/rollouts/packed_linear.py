@@ -24,10 +24,10 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
     The results are the same but for rounding. Not for training: the copies neither follow the weights nor carry a
     gradient. Layers that something else already changed (sharded, quantised, hooked into) stay as they are, and so do
-    all where torch was built without oneDNN.
+    all under autocast, which casts them, and where torch was built without oneDNN.
     """
     changed = []
-    if _available():
+    if _available() and not torch.is_autocast_enabled("cpu"):
         for module in model.modules():
             weight: Any = getattr(module, "weight", None)
             if type(module) is nn.Linear and "forward" not in vars(module) and _suits(weight):

@@ -137,7 +137,10 @@ def sample(
     limits = [params.max_new_tokens] * len(prompt_ids) if caps is None else list(caps)
     if max_batch_tokens is not None and max_batch_tokens < 1:
         raise ValueError(f"max_batch_tokens is {max_batch_tokens}; choose 1 or more, or None for no bound.")
-    reason = "the model gets more than tokens" if model_inputs else None
+    more = bool(model_inputs)
+    if synced is not None:
+        more = synced(more)  # all processes go the same way
+    reason = "the model gets more than tokens" if more else None
     if cache_implementation not in (None, "dynamic"):
         reason = f"cache_implementation is {cache_implementation!r}"
     with _evaluation(model, synced):
