@@ -1,0 +1,372 @@
+"""GRPO and RLOO in two processes on the CPU, over gloo: like one process, without a hang, and with changes in flight.
+
+Every way to spread a model is launched once for what is compared with one process, and once for what goes wrong in one
+process only (tests/distributed_online.py); the tests look at what was left behind.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from outspoken.cli.env import accelerate_config
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("distributed_online.py")
+SCRIPTED = (
+    "grpo", "grpo-lora", "off-policy", "per-completion", "entropy", "gspo", "returns", "dynamic", "plain-prompts",
+    "conversations", "rloo", "rloo-clipped",
+)  # fmt: skip
+SAMPLED = ("sampled", "sampled-rloo")
+TROUBLE = ("uneven", "one-resamples", "one-replays", "seeded", "raises", "hangs", "turn-fails")
+# What is launched together -> its cases.
+LAUNCHES = {"same": (*SCRIPTED, *SAMPLED, "layerwise", "live"), "trouble": TROUBLE}
+STEPS, SAVED = 6, 3
+# How a model is spread -> the accelerate config that comes with the package. Accelerate itself shards over accelerators
+# only, so the worker lets it take the CPU for one; what loads and moves weights for GPUs is switched off.
+SPREAD = {"ddp": "ddp_cpu", "fsdp1": "fsdp1", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
+DEEPSPEED = Path(sys.prefix) / "deepspeed"  # where `make test-all` puts it, beside the environment
+TIMES = ("runtime", "per_second", "total_flos", "step_time", "latency")
+
+
+def launch(spread, folder, model_dir, cases, seconds=900):
+    """Run the cases in one process (`spread` None) or two; the exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTSPOKEN_LOG": "off", "TOKENIZERS_PARALLELISM": "false"}
+    arguments = [str(WORKER), str(folder), model_dir, *cases]
+    if spread is None:
+        command = [sys.executable, *arguments]
+    else:
+        config = yaml.safe_load(accelerate_config(SPREAD[spread]).read_text())
+        config |= {"num_processes": 2, "mixed_precision": "no"}
+        for option in ("fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states"):
+            if option in config.get("fsdp_config", {}):
+                config["fsdp_config"][option] = False
+        file = folder / "accelerate.yaml"
+        file.write_text(yaml.safe_dump(config))
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
+        command = [sys.executable, *launcher, *arguments]
+        if spread.startswith("zero"):
+            environment["DS_ACCELERATOR"] = "cpu"
+            if DEEPSPEED.is_dir():
+                environment["PYTHONPATH"] = os.pathsep.join([str(DEEPSPEED), environment.get("PYTHONPATH", "")])
+    with open(folder / "log.txt", "a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def result_of(folder, case):
+    found = folder / case
+    if not (found / "result.json").exists():
+        told = "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("*/error-*.txt")))
+        pytest.fail(f"{case} left no result. {told or (folder / 'log.txt').read_text()[-3000:]}")
+    return found
+
+
+@pytest.fixture(scope="session")
+def ran(once, tiny_model_dir):
+    """`ran(spread, case)`: the folder that a case left."""
+
+    def find(spread, case):
+        kind = "trouble" if case in TROUBLE else "same"
+        folder = once(f"online-{kind}-{spread}", lambda folder: launch(spread, folder, tiny_model_dir, LAUNCHES[kind]))
+        return result_of(folder, case)
+
+    return find
+
+
+def skip_without_deepspeed(spread):
+    if spread.startswith("zero") and not (DEEPSPEED.is_dir() or find_spec("deepspeed")):
+        pytest.skip("deepspeed is not installed; `make test-all` installs it where it can")
+
+
+@pytest.fixture(params=SPREAD)
+def spread(request):
+    skip_without_deepspeed(request.param)
+    return request.param
+
+
+@pytest.fixture(params=["ddp", "fsdp2", "zero3"])
+def some_spread(request):
+    skip_without_deepspeed(request.param)
+    return request.param
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def history(folder):
+    entries = result(folder)["history"]
+    return [{k: v for k, v in entry.items() if not any(t in k for t in TIMES)} for entry in entries]
+
+
+def trained(folder):
+    return [entry for entry in history(folder) if "loss" in entry]
+
+
+def signals(folder):
+    lines = (folder / "outspoken" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(folder):
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    assert found, f"no weights in {folder}"
+    return found
+
+
+def assert_same_weights(actual, expected, tolerance):
+    actual, expected = weights(actual), weights(expected)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def assert_same_numbers(found, expected, tolerance, where, skip=()):
+    assert found.keys() - set(skip) == expected.keys() - set(skip)
+    for name, value in expected.items():
+        if name not in skip:
+            assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance), (where, name)
+
+
+def skip_saved_adapters(spread, case):
+    if spread == "fsdp1" and case.endswith("-lora"):
+        pytest.skip("FSDP1 gathers an adapter with its full state, which fails on a CPU")
+
+
+# Where the sampler keeps no entropies, completions without advantage have none; each process computes one at least.
+def unknown_entropies(case):
+    return () if case in ("grpo", "grpo-lora", "off-policy", "entropy", "live") else ("entropy",)
+
+
+@pytest.mark.parametrize("case", SCRIPTED)
+class TestTwoProcesses:
+    def test_are_like_one(self, ran, spread, case):
+        """Same losses, same metrics (so those of both processes were gathered), same weights at the end."""
+        one, two = ran(None, case), ran(spread, case)
+        kind = {"ddp": "MULTI_CPU", "fsdp": "FSDP", "zero": "DEEPSPEED"}[spread.rstrip("123")]
+        assert (result(two)["world"], result(two)["kind"]) == (2, f"DistributedType.{kind}")
+        expected, found = history(one), history(two)
+        assert len(expected) == len(found)
+        for entry, other in zip(expected, found):
+            assert_same_numbers(other, entry, 5e-5, entry["step"], unknown_entropies(case))
+        rows = trained(one)
+        assert len(rows) == STEPS and sum(row["grad_norm"] > 0.1 for row in rows) >= 4  # it did train
+        assert any("eval_reward" in row for row in found) == (case == "grpo")
+        skip_saved_adapters(spread, case)
+        assert_same_weights(two / "model", one / "model", 1e-5)
+        last, before = weights(one / "model"), weights(one / f"checkpoint-{SAVED}")
+        assert max(float((last[name] - before[name]).abs().max()) for name in last) > 1e-3
+
+    def test_one_of_them_writes(self, ran, spread, case):
+        two = ran(spread, case)
+        assert result(two)["wrote"] == [1, 0]
+        run = json.loads((two / "outspoken" / "run.json").read_text())
+        assert run["world_size"] == 2 and run["status"] == "finished"
+        assert [line["step"] for line in signals(two) if "loss" in line["signals"]] == [1, 2, 3, 4, 5, 6]
+
+    def test_the_run_directory_has_the_signals_of_both(self, ran, spread, case):
+        one, two = signals(ran(None, case)), signals(ran(spread, case))
+        for expected, found in zip(one, two, strict=True):
+            for name, value in expected["signals"].items():
+                if name.startswith(("time/", "memory/")) or any(t in name for t in TIMES):
+                    continue
+                if name.startswith(("grad/", "grad_norm_clipped")) and spread != "ddp":
+                    continue  # a process has a share of the gradients, or none
+                if name in unknown_entropies(case):
+                    continue
+                assert found["signals"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), (expected["step"], name)
+
+    def test_resumed_from_a_checkpoint_ends_the_same(self, ran, spread, case):
+        skip_saved_adapters(spread, case)
+        through, resumed = ran(spread, case), ran(spread, f"{case}-resumed")
+        assert_same_weights(resumed / "model", through / "model", 1e-7)
+        for entry, again in zip(trained(through), trained(resumed), strict=True):
+            assert_same_numbers(again, entry, 1e-6, entry["step"])
+
+
+def test_the_cases_test_what_they_are_for(ran):
+    """One process is enough: two do the same."""
+    rows = {case: trained(ran(None, case)) for case in SCRIPTED}
+    for case in ("off-policy", "gspo", "rloo-clipped"):
+        assert max(row["clip_ratio/region_mean"] for row in rows[case]) > 0.1
+    assert all("kl" in row for case in ("grpo", "off-policy", "rloo", "plain-prompts") for row in rows[case])
+    assert len({row["entropy_coef"] for row in rows["entropy"]}) > 2
+    policy_losses = [row["policy_loss"] - row["loss"] for row in rows["entropy"]]
+    assert policy_losses[0] == pytest.approx(0, abs=1e-6) and max(policy_losses) > 0.1  # a bonus from step 2 on
+    assert max(row["dynamic_sampling/rounds"] for row in rows["dynamic"]) >= 1
+    assert max(row["tools/call_frequency"] for row in rows["conversations"]) > 0.5
+
+
+class TestSampling:
+    @pytest.mark.parametrize("case", SAMPLED)
+    def test_processes_draw_different_completions(self, ran, spread, case):
+        """Also those that have the same prompt: the middle group stands on both."""
+        first, second = result(ran(spread, case))["seen"]
+        assert len(first) == len(second) >= 12
+        drawn = [tuple(ids) for _, _, ids in first + second if len(ids) > 4]
+        assert len({*drawn}) == len(drawn) > 20
+        if case == "sampled":
+            shared = {(step, prompt) for step, prompt, _ in first} & {(step, prompt) for step, prompt, _ in second}
+            assert shared
+
+    @pytest.mark.parametrize("case", SAMPLED)
+    def test_however_the_model_is_spread_the_same_is_sampled(self, ran, spread, case):
+        assert result(ran(spread, case))["seen"] == result(ran("ddp", case))["seen"]
+
+    def test_layer_by_layer(self, ran, spread):
+        one, other = ran(spread, "sampled"), ran(spread, "layerwise")
+        assert result(one)["seen"] == result(other)["seen"]
+        assert_same_weights(other / "model", one / "model", 1e-6)
+
+    @pytest.mark.parametrize("case", (*SAMPLED, "layerwise"))
+    def test_resumed_from_a_checkpoint_samples_the_same(self, ran, spread, case):
+        through, resumed = ran(spread, case), ran(spread, f"{case}-resumed")
+        for before, after in zip(result(through)["seen"], result(resumed)["seen"], strict=True):
+            assert after == [row for row in before if row[0] >= SAVED] and after
+        assert_same_weights(resumed / "model", through / "model", 1e-7)
+        for entry, again in zip(trained(through), trained(resumed), strict=True):
+            assert_same_numbers(again, entry, 1e-6, entry["step"])
+
+
+# -------------------------------------------------------------------------------------------- changes in flight
+
+BEFORE = {"beta": 0.1, "epsilon": 0.05, "temperature": 1.0, "entropy_coef": 0.0, "max_completion_length": 8}
+AFTER = {"beta": 0.4, "epsilon": 0.01, "temperature": 0.5, "entropy_coef": 0.2, "max_completion_length": 5}
+
+
+class TestAnAgentsChange:
+    def test_takes_effect_at_the_next_step_of_all_processes(self, ran, spread):
+        """The change was asked for after step 2; the batch of steps 3 and 4 is sampled with it."""
+        folder = ran(spread, "live")
+        used = result(folder)["used"]
+        assert len(used) == 2
+        for process in used:
+            for step in range(1, STEPS + 1):
+                now = process[str(step)]
+                expected = BEFORE if step <= 2 else AFTER
+                peak = 0.003 if step <= 2 else 0.01
+                rate = now.pop("learning_rate")
+                assert rate == pytest.approx(peak * (1 - (step - 1) / STEPS)), step  # linear down to 0
+                if step % 2:  # one generation batch for two steps
+                    assert now.pop("sampled") == [expected["temperature"], expected["max_completion_length"]]
+                assert now == expected, step
+        lines = [json.loads(line) for line in (folder / "outspoken" / "changes.jsonl").read_text().splitlines()]
+        applied = next(line for line in lines if line["state"] == "applied")
+        assert applied["step"] == 2 and applied["fields"].keys() == {*AFTER, "learning_rate"}
+
+    def test_has_the_same_effect_as_in_one_process(self, ran, spread):
+        one, two = ran(None, "live"), ran(spread, "live")
+        for entry, other in zip(trained(one), trained(two), strict=True):
+            assert_same_numbers(other, entry, 5e-5, entry["step"])
+        rows = trained(two)
+        assert [row["completions/max_length"] for row in rows if "reward" in row] == [8, 5, 5]
+        assert ["policy_loss" in row for row in rows] == [False] * 2 + [True] * 4  # which a bonus is taken off
+        assert_same_weights(two / "model", one / "model", 1e-5)
+
+
+# -------------------------------------------------------------------------------------------- what one process meets
+
+
+class TestOneProcessAlone:
+    def test_ends_its_completions_earlier(self, ran, some_spread):
+        folder = ran(some_spread, "uneven")
+        lengths = [{len(ids) for _, _, ids in process} for process in result(folder)["seen"]]
+        assert max(lengths[0]) == 16 and max(lengths[1]) == 2
+        rows = trained(folder)
+        assert len(rows) == STEPS and all(math.isfinite(row["loss"]) for row in rows)
+        # What was sampled is what is trained on, on both: the sampler's log-probabilities are the training pass's.
+        gaps = [line["signals"]["sampling/abs_max"] for line in signals(folder) if "loss" in line["signals"]]
+        assert len(gaps) == STEPS and max(gaps) < 1e-4
+
+    def test_samples_groups_anew(self, ran, some_spread):
+        """Its one group is all alike at every other call of its reward function."""
+        folder = ran(some_spread, "one-resamples")
+        rows = trained(folder)
+        assert len(rows) == STEPS
+        assert rows[0]["dynamic_sampling/rounds"] == 0
+        for row in rows[1:]:
+            assert row["dynamic_sampling/rounds"] == row["dynamic_sampling/replaced_groups"] == 1
+            assert row["dynamic_sampling/left_share"] == 0 and row["frac_reward_zero_std"] == 0.5
+        # Every step has a group of 4 on each process; on the second one, four more from step 2 on.
+        counts = [len(process) for process in result(folder)["seen"]]
+        assert counts == [4 * STEPS, 4 * STEPS + 4 * (STEPS - 1)]
+
+    def test_replays_a_group(self, ran, some_spread):
+        rows = trained(ran(some_spread, "one-replays"))
+        # The second process keeps its informative group of steps 1, 3, 5 and has it at steps 2, 4, 6; the first keeps all.
+        assert [row["replay/replaced_groups"] for row in rows] == [0, 1, 0, 1, 0, 1]
+        assert [row["replay/buffered_groups"] for row in rows] == [2, 2, 4, 4, 5, 4]
+        assert [row["frac_reward_zero_std"] for row in rows] == [0, 0.5] * 3
+
+    def test_has_a_seed_of_its_own(self, ran, some_spread):
+        """Completions of one group on both, sampled with generation_kwargs={"seed": 7}, and at each step others."""
+        folder = ran(some_spread, "seeded")
+        first, second = result(folder)["seen"]
+        assert {(step, prompt) for step, prompt, _ in first} == {(step, prompt) for step, prompt, _ in second}
+        drawn = [tuple(ids[:3]) for _, _, ids in first + second if len(ids) > 2]
+        assert len(drawn) > 20 and len({*drawn}) > len(drawn) - 3
+        assert result(folder)["seen"] == result(ran("ddp", "seeded"))["seen"]
+
+    @pytest.mark.parametrize(
+        "case, error",
+        [
+            ("raises", "Reward function 'judge' raised KeyError: 'no such answer'; fix it"),
+            ("hangs", "Reward function 'judge' did not return within reward_timeout=1 seconds"),
+        ],
+    )
+    def test_has_a_reward_function_that_fails(self, ran, some_spread, case, error):
+        """Both stop, and leave the last finished step behind, from which the run goes on."""
+        folder = ran(some_spread, case)
+        told = result(folder)
+        assert told["told"][0].startswith(
+            "RuntimeError: Process 1 failed, so this one stops too. There: RuntimeError: "
+        )
+        assert told["told"][1].startswith(f"RuntimeError: {error}") and error in told["told"][0]
+        for text in told["told"]:
+            assert text.splitlines()[1] == (
+                f"The run is saved up to step 1 in {folder}/checkpoint-1; resume from there."
+            )
+        assert told["seconds"] < 60  # the function would have taken 600, and a broken connection is found after 1800
+        assert told["left"] == ["checkpoint-1"]
+        # The second generation batch failed at micro-batch 3, in the middle of step 2. Its micro-batch 2 is still there.
+        assert told["sampled_at"] == [3, 6, 9]
+        assert [row["step"] for row in trained(folder)] == [1, 2, 3, 4, 5, 6]
+        assert all(row["grad_norm"] > 0 for row in trained(folder))
+
+    def test_fails_while_the_other_is_in_a_conversation(self, ran, some_spread):
+        told = result(ran(some_spread, "turn-fails"))
+        assert told["told"][1] == "RuntimeError: The line went dead"
+        assert told["told"][0].endswith("There: RuntimeError: The line went dead")
+        assert told["seconds"] < 60
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_killed_and_resumed(tmp_path, tiny_model_dir, how):
+    """One process is killed with SIGKILL while it samples for step 5; resumed, the run is what it would have been."""
+    code = launch(how, tmp_path, tiny_model_dir, ["went-through", "killed"], seconds=300)
+    assert code != 0 and not (tmp_path / "killed" / "result.json").exists()
+    assert launch(how, tmp_path, tiny_model_dir, ["killed"], seconds=300) == 0
+    through, killed = result_of(tmp_path, "went-through"), result_of(tmp_path, "killed")
+    for before, after in zip(result(through)["seen"], result(killed)["seen"], strict=True):
+        assert after == [row for row in before if row[0] >= 4] and after
+    assert trained(killed) == trained(through)
+    assert_same_weights(killed / "model", through / "model", 0)
