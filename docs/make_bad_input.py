@@ -21,6 +21,8 @@ REPLY = {"role": "assistant", "content": "4"}
 PAIR = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
 RATED = {"prompt": "2+2=", "completion": "4", "label": True}
 TEXT = {"text": "2+2=4"}
+PROMPT = {"prompt": "2+2="}
+NO_BOUNDS = {"vllm_importance_sampling_clip_max": None}
 LONG = "2+2=" * 50
 
 # What is wrong, the trainer, its dataset's rows, its settings.
@@ -61,6 +63,15 @@ DATA: list[tuple[str, str, Any, dict[str, Any]]] = [
     ("a completion is empty", "KTO", [RATED, {**RATED, "completion": ""}], {}),
     ("single answers given to a reward model", "Reward", [{"prompt": "2+2=", "completion": "4"}], {}),
     ("a margin that is no number", "Reward", [{**PAIR, "margin": "large"}], {}),
+    ("no dataset", "GRPO", None, {}),
+    ("no prompts", "GRPO", [{"question": "2+2="}], {}),
+    ("a prompt is missing", "GRPO", [PROMPT, {"prompt": None}], {}),
+    ("a prompt is empty", "RLOO", [PROMPT, {"prompt": " "}], {}),
+    ("a prompt without messages", "GRPO", [{"prompt": [USER]}, {"prompt": []}], {}),
+    ("a message without a role", "RLOO", [{"prompt": [{"role": None, "content": "2+2="}]}], {}),
+    ("fewer prompts than a generation batch takes", "GRPO", [PROMPT], {"per_device_train_batch_size": 16}),
+    ("nothing to learn from", "Distillation", [{"question": "2+2="}] * 8, {}),
+    ("completions are trained on, but there are none", "Distillation", [PROMPT] * 8, {"lmbda": 0.5}),
     ("every pair is longer than max_length", "Reward", [{**PAIR, "prompt": LONG}], {"max_length": 16}),
 ]
 
@@ -91,6 +102,23 @@ SETTINGS: list[tuple[str, str, Any, dict[str, Any]]] = [
     ),
     ("a negative beta", "DPO", [PAIR], {"beta": -0.1}),
     ("an unknown loss", "KTO", [RATED], {"loss_type": "bco"}),
+    ("an unknown loss", "GRPO", [PROMPT], {"loss_type": "ppo"}),
+    ("CISPO without its bound", "GRPO", [PROMPT], {"loss_type": "cispo"}),
+    ("an unknown way to advantages", "GRPO", [PROMPT], {"advantage_estimator": "gae"}),
+    ("pass@k without a k", "GRPO", [PROMPT], {"advantage_estimator": "pass_at_k"}),
+    ("groups that do not divide the batch", "GRPO", [PROMPT], {"num_generations": 5}),
+    ("two sizes of a generation batch", "GRPO", [PROMPT], {"generation_batch_size": 16, "steps_per_generation": 3}),
+    ("a temperature of zero", "GRPO", [PROMPT], {"temperature": 0.0}),
+    ("a moving reference that is not there", "GRPO", [PROMPT], {"sync_ref_model": True}),
+    ("truncation without a bound", "GRPO", [PROMPT], {"vllm_importance_sampling_mode": "token_truncate", **NO_BOUNDS}),
+    ("a word for what happens on errors", "GRPO", [PROMPT], {"reward_on_error": "ignore"}),
+    ("two engines to sample with", "GRPO", [PROMPT], {"use_vllm": True, "use_transformers_continuous_batching": True}),
+    ("vLLM in an unknown place", "GRPO", [PROMPT], {"vllm_mode": "remote"}),
+    ("an unknown loss", "RLOO", [PROMPT], {"loss_type": "ppo"}),
+    ("a range from high to low", "RLOO", [PROMPT], {"reward_clip_range": (1.0, -1.0)}),
+    ("a group of one", "RLOO", [PROMPT], {"num_generations": 1}),
+    ("no teacher", "Distillation", [PROMPT] * 8, {}),
+    ("a divergence beyond its range", "Distillation", [PROMPT] * 8, {"beta": 1.5}),
     ("a stream without max_steps", "DPO", Dataset.from_list([PAIR]).to_iterable_dataset(), {"max_steps": -1}),
 ]
 
@@ -105,7 +133,8 @@ def sentence(trainer: str, rows: Any, settings: dict[str, Any], model: str, outp
     config = {"max_steps": 1, "report_to": "none", "use_cpu": True, **settings}
     try:
         args = getattr(outspoken, f"{trainer}Config")(output_dir=output_dir, **config)
-        getattr(outspoken, f"{trainer}Trainer")(model=model, args=args, train_dataset=dataset)
+        rewards = {"reward_funcs": len} if trainer in ("GRPO", "RLOO") else {}
+        getattr(outspoken, f"{trainer}Trainer")(model=model, args=args, train_dataset=dataset, **rewards)
     except (ValueError, TypeError) as error:
         return str(error)
     raise AssertionError(f"{trainer}Trainer accepted {rows} with {settings}")

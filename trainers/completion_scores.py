@@ -111,7 +111,7 @@ def prepare_scoring(trainer: Any) -> None:
     """
     trainer._takes_position_ids = takes_position_ids(trainer.model)
     models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
-    settings = [grouping_settings(model) for model in models]
+    settings = [grouping_settings(model, compiled=trainer.args.torch_compile) for model in models]
     why_not = None
     if not trainer.args.share_prompts:
         why_not = "`share_prompts` is off"

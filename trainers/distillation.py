@@ -50,7 +50,14 @@ from outspoken.trainers.rollouts import measures
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.config import SamplingConfig
 from outspoken.trainers.rollouts.mixin import SamplingMixin, identity
-from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker, as_batch, check_prompts
+from outspoken.trainers.rollouts.rollout import (
+    Rollouts,
+    RolloutWorker,
+    as_batch,
+    check_chat_template,
+    check_number_of_prompts,
+    check_prompts,
+)
 from outspoken.trainers.rollouts.show import CompletionsLog
 from outspoken.trainers.rollouts.tools import schemas
 from outspoken.trainers.setup import finish_setup, named_datasets, prepare_model, prepare_processing
@@ -175,6 +182,8 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         self._has_completions = _has_completions(train_dataset, "train_dataset")
 
         processing = prepare_processing(model, args, processing_class, trainer="DistillationTrainer", images=True)
+        check_number_of_prompts(train_dataset, args)
+        check_chat_template(processing, train_dataset)
         expect_unused_parameters(processing.processor, args)
         teacher = _teacher(teacher_model, model, args)
         student = prepare_model(

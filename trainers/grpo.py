@@ -37,6 +37,8 @@ from outspoken.trainers.rollouts.rollout import (
     Rollouts,
     RolloutWorker,
     as_batch,
+    check_chat_template,
+    check_number_of_prompts,
     check_prompts,
     prompts_of_environments,
 )
@@ -364,6 +366,8 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         check_prompts(train_dataset, eval_dataset, args, environments=environment_factory is not None)
 
         processing = prepare_processing(model, args, processing_class, trainer="GRPOTrainer", images=True)
+        check_number_of_prompts(train_dataset, args)
+        check_chat_template(processing, train_dataset)
         expect_unused_parameters(processing.processor, args)
         model, self.ref_model, self.aux_loss_coef = prepare_models(
             model, args, processing, quantization_config, peft_config

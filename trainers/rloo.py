@@ -30,7 +30,13 @@ from outspoken.trainers.rollouts import measures
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.config import GroupConfig, check_choice
 from outspoken.trainers.rollouts.mixin import RewardMixin, identity, prepare_models
-from outspoken.trainers.rollouts.rollout import RolloutWorker, as_batch, check_prompts
+from outspoken.trainers.rollouts.rollout import (
+    RolloutWorker,
+    as_batch,
+    check_chat_template,
+    check_number_of_prompts,
+    check_prompts,
+)
 from outspoken.trainers.rollouts.show import CompletionsLog
 from outspoken.trainers.setup import finish_setup, prepare_processing
 
@@ -122,6 +128,8 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
         args = as_config(RLOOConfig, args, model, "RLOOTrainer")
         check_prompts(train_dataset, eval_dataset, args)
         processing = prepare_processing(model, args, processing_class, trainer="RLOOTrainer", images=True)
+        check_number_of_prompts(train_dataset, args)
+        check_chat_template(processing, train_dataset)
         expect_unused_parameters(processing.processor, args)
         model, self.ref_model, self.aux_loss_coef = prepare_models(
             model, args, processing, quantization_config, peft_config

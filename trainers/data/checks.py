@@ -53,6 +53,9 @@ SUPERVISED = Kind(
 )
 
 
+PROMPTS = Kind(needs=("prompt",), filled=("prompt",), tokens=(), example="'prompt'")
+
+
 def check_rows(
     dataset: Dataset | IterableDataset, name: str, kind: Kind, trainer: str, filled: Sequence[str] = ()
 ) -> None:
@@ -68,7 +71,7 @@ def check_rows(
         ValueError: naming the column, the first bad row and the remedy.
     """
     columns = {*column_names(dataset, name)}
-    if {*kind.tokens} <= columns:
+    if kind.tokens and {*kind.tokens} <= columns:
         return
     _check_columns(columns, name, kind, trainer)
     checked = [c for c in dict.fromkeys(("prompt", *kind.filled, *filled, "label", "margin")) if c in columns]
@@ -87,7 +90,7 @@ def check_rows(
         _check_same_format(table, name, [c for c in ("prompt", *kind.filled) if c in checked])
         for column in checked:
             values = table.column(column).combine_chunks()
-            may_be_empty = column == "prompt"
+            may_be_empty = column == "prompt" and column not in kind.filled
             if column == "label":
                 _check_label(values, name, first)
             elif column == "margin":

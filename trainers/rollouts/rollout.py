@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from outspoken.trainers.data.formats import column_names, is_messages, prepare_multimodal_messages
+from outspoken.trainers.data.checks import PROMPTS, check_rows
+from outspoken.trainers.data.formats import column_names, first_row, is_messages, prepare_multimodal_messages
 from outspoken.trainers.data.response_templates import add_response_schema
 from outspoken.trainers.data.vision import TOKEN_TYPES, image_inputs, image_token_ids, process, row_images
 from outspoken.trainers.measuring import raise_together
@@ -459,6 +460,30 @@ def prompts_of_environments(args: Any) -> Dataset:
     return environment_dataset(batches * args.generation_batch_size // args.num_generations)
 
 
+def check_number_of_prompts(train_dataset: Any, args: Any) -> None:
+    """Raise if there are too few prompts for one generation batch: the run would train on nothing."""
+    if isinstance(train_dataset, Dataset):
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < prompts:
+            raise ValueError(
+                f"The train dataset has {len(train_dataset)} rows, but a generation batch takes {prompts} prompts "
+                f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}); add rows, "
+                "or lower per_device_train_batch_size or steps_per_generation."
+            )
+
+
+def check_chat_template(processing: Processing, dataset: Any) -> None:
+    """Raise if the prompts are conversations, and nothing says how to render them."""
+    if "prompt" not in column_names(dataset, "train"):
+        return
+    prompt = first_row(dataset.select_columns(["prompt"]), "train")["prompt"]
+    if is_messages(prompt) and processing.tokenizer.chat_template is None:
+        raise ValueError(
+            "The train dataset's column 'prompt' holds conversations, but the tokenizer has no chat template; pass prompts "
+            "as text, set `processing_class.chat_template`, or use a model that was trained for chat."
+        )
+
+
 def check_prompts(train_dataset: Any, eval_dataset: Any, args: Any, *, environments: bool = False) -> None:
     """Raise unless the datasets have prompts to sample from; make streams work with several processes.
 
@@ -476,6 +501,11 @@ def check_prompts(train_dataset: Any, eval_dataset: Any, args: Any, *, environme
         columns = column_names(dataset, name)
         if "prompt" not in columns and not environments:
             raise ValueError(f"`{name}` has the columns {', '.join(columns)}, but no 'prompt'; rename or add it.")
+        said = "train" if name == "train_dataset" else "eval"
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"The {said} dataset is empty; pass a dataset with at least one row.")
+        if "prompt" in columns:
+            check_rows(dataset.select_columns(["prompt"]), said, PROMPTS, "the trainer")
     if any(isinstance(dataset, IterableDataset) for dataset in datasets.values()):
         # One process cannot hand a stream's rows to the others: they are no tensors.
         args.accelerator_config.dispatch_batches = False
