@@ -75,7 +75,7 @@ def _no_vllm(config: Config) -> bool:
 
 
 def _no_teacher_data(config: Config) -> bool:
-    return config.get("lmbda", 1.0) == 1.0
+    return bool(config.get("lmbda", 1.0) == 1.0)
 
 
 def _no_router_loss(config: Config) -> bool:

@@ -735,6 +735,30 @@ def test_completions_go_to_wandb(trainer, monkeypatch):
     assert len(tables) == 1 and len(tables[0]) == 2  # 8 completions of 2 prompts
 
 
+def test_completions_go_to_the_hub(trainer, monkeypatch, caplog):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **k: calls.append(("repo", name, k["private"])))
+    monkeypatch.setattr(
+        huggingface_hub.DatasetCard, "push_to_hub", lambda self, name, **k: calls.append(("card", name))
+    )
+    monkeypatch.setattr(
+        huggingface_hub, "CommitScheduler", lambda **k: calls.append(("files", k["folder_path"])) or True
+    )
+    run = trainer(log_completions=True, max_steps=2, log_completions_hub_repo="me/texts", hub_private_repo=True)
+    run.train()
+    folder = f"{run.args.output_dir}/completions"
+    assert calls == [("repo", "me/texts", True), ("card", "me/texts"), ("files", folder)]
+
+    def away(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", away)
+    trainer(log_completions=True, max_steps=1, log_completions_hub_repo="me/texts").train()
+    assert "Completions cannot be sent to me/texts (OSError: no network); they stay in" in caplog.text
+
+
 def test_what_is_printed_is_text_and_bounded():
     from io import StringIO
 

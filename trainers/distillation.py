@@ -208,7 +208,7 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         )
         self.teacher_model = prepare_reference(teacher, self.accelerator, self)
         self.rollouts = RolloutWorker(self, processing, tools=tools)
-        self.completions_log = CompletionsLog(args.generation_batch_size)
+        self.completions_log = CompletionsLog(args)
         self._end_tokens = end_token_ids(processing.tokenizer)
 
         # Processes must not draw the same completions.

@@ -289,10 +289,10 @@ class GRPOConfig(GroupConfig):
             ("replay_buffer_size", self.replay_buffer_size > 0),
             ("advantage_estimator='remax'", self.advantage_estimator == "remax"),
         ):
-            if used and (self.per_device_train_batch_size * self.steps_per_generation) % self.num_generations != 0:
+            if used and self.completions_per_process % self.num_generations != 0:
                 raise ValueError(
                     f"{name} needs whole groups on every process, but a process samples "
-                    f"{self.per_device_train_batch_size * self.steps_per_generation} completions "
+                    f"{self.completions_per_process} completions "
                     f"(per_device_train_batch_size * steps_per_generation), not a multiple of num_generations="
                     f"{self.num_generations}; change one of them."
                 )
@@ -369,18 +369,18 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         check_number_of_prompts(train_dataset, args)
         check_chat_template(processing, train_dataset)
         expect_unused_parameters(processing.processor, args)
-        model, self.ref_model, self.aux_loss_coef = prepare_models(
+        prepared, self.ref_model, self.aux_loss_coef = prepare_models(
             model, args, processing, quantization_config, peft_config
         )
         if args.cast_lm_head_to_fp32:
-            for either in [model] if self.ref_model is None else [model, self.ref_model]:
+            for either in [prepared] if self.ref_model is None else [prepared, self.ref_model]:
                 _cast_head_to_fp32(either)
         self._start_sampling()
         self._entropy_sums: Tensor | None = None  # (entropy, tokens) of this update step, for adaptive control
         self._last_entropy = math.inf
         self.entropy_coef = args.entropy_coef  # what adaptive control has made of it
         super().__init__(
-            model=model,
+            model=prepared,
             args=args,
             data_collator=identity,
             train_dataset=train_dataset,
@@ -404,10 +404,10 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             reward_processing_classes,
             args,
             self.accelerator,
-            environment_rewards=environments and environments.reward_functions(),
+            environment_rewards=None if environments is None else environments.reward_functions(),
         )
         self.replay = ReplayBuffer(args.replay_buffer_size, args.num_generations)
-        self.completions_log = CompletionsLog(args.generation_batch_size)
+        self.completions_log = CompletionsLog(args)
 
         # Processes must not draw the same completions.
         set_seed(args.seed, device_specific=True)
@@ -695,8 +695,8 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         if args.covariance_control == "kl_cov":  # it holds the ratios in the place of clipping
             epsilon = epsilon_high = math.inf
         if kind == "cispo":
-            clipped = policy.cispo_clip_fraction(ratio, advantages, epsilon_high)
-            return Objective(policy.cispo(ratio, logps, advantages, epsilon_high), {"cispo_clip_ratio": clipped})
+            capped = policy.cispo_clip_fraction(ratio, advantages, epsilon_high)
+            return Objective(policy.cispo(ratio, logps, advantages, epsilon_high), {"cispo_clip_ratio": capped})
         if kind == "sapo":
             return Objective(policy.sapo(ratio, advantages, args.sapo_temperature_pos, args.sapo_temperature_neg), {})
         if kind == "vespo":

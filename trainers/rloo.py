@@ -131,12 +131,12 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
         check_number_of_prompts(train_dataset, args)
         check_chat_template(processing, train_dataset)
         expect_unused_parameters(processing.processor, args)
-        model, self.ref_model, self.aux_loss_coef = prepare_models(
+        prepared, self.ref_model, self.aux_loss_coef = prepare_models(
             model, args, processing, quantization_config, peft_config
         )
         self._start_sampling()
         super().__init__(
-            model=model,
+            model=prepared,
             args=args,
             data_collator=identity,
             train_dataset=train_dataset,
@@ -149,7 +149,7 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
         self._place_reference()
         self.rollouts = RolloutWorker(self, processing)
         self.rewards = RewardSet(reward_funcs, reward_processing_classes, args, self.accelerator)
-        self.completions_log = CompletionsLog(args.generation_batch_size)
+        self.completions_log = CompletionsLog(args)
 
         # Processes must not draw the same completions.
         set_seed(args.seed, device_specific=True)

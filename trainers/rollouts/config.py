@@ -263,7 +263,14 @@ class GroupConfig(SamplingConfig):
     @property
     def policy_moves_before_use(self) -> bool:
         """Whether some micro-batch is trained on after an optimizer step has changed the policy that sampled it."""
+        assert self.steps_per_generation is not None  # settled in __post_init__
         return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) != 0
+
+    @property
+    def completions_per_process(self) -> int:
+        """Completions of a generation batch on one process."""
+        assert self.steps_per_generation is not None
+        return self.per_device_train_batch_size * self.steps_per_generation
 
 
 def refuse_unbatchable(args: Any) -> None:

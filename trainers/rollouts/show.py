@@ -1,5 +1,6 @@
 """Showing sampled completions to a person: on the terminal, in a file beside the checkpoints, in a dashboard."""
 
+import logging
 import os
 import random
 import sys
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 MAX_CELL_CHARACTERS = 2000
 
@@ -82,10 +85,14 @@ class CompletionsLog:
     """The completions of the latest generation batch, column by column, over all processes.
 
     Args:
-        size: completions of a generation batch.
+        args: the trainer's config: `generation_batch_size`, and if completions are to be sent to the hub
+            `log_completions_hub_repo`.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, args: Any):
+        size: int = args.generation_batch_size
+        self._repository = getattr(args, "log_completions_hub_repo", None)
+        self._scheduler: Any = None
         self.columns: dict[str, Any] = {name: deque(maxlen=size) for name in ("prompt", "completion", "advantages")}
         self.rewards: dict[str, Any] = defaultdict(lambda: deque(maxlen=size))
         self.extra: dict[str, Any] = defaultdict(lambda: deque(maxlen=size))
@@ -130,6 +137,8 @@ class CompletionsLog:
     def show(self, args: Any, step: int) -> None:
         """Print the completions and write them beside the checkpoints, and to wandb and trackio."""
         self.is_new = False
+        if self._repository is not None and self._scheduler is None:
+            self._scheduler = send_to_hub(self._repository, args)
         columns = {name: list(values) for name, values in self.columns.items()}
         rewards = {name: list(values) for name, values in self.rewards.items()}
         extra = {name: list(map(_tabular, values)) for name, values in self.extra.items()}
@@ -163,10 +172,52 @@ class CompletionsLog:
                 continue
             shown = table
             if self.images and args.log_multimodal:
-                shown = shown.assign(images=[[backend.Image(image) for image in row or []] for row in self.images])
+                images = [[backend.Image(image) for image in row or []] for row in self.images]
+                shown = shown.assign(images=pd.Series(images, index=shown.index))
             if args.log_unique_prompts:
                 shown = shown[~shown["prompt"].astype(str).duplicated()]
             backend.log({"completions": backend.Table(dataframe=shown)})
+
+
+def send_to_hub(repository: str, args: Any) -> Any:
+    """Start sending the files of completions to a dataset repository on the hub every two minutes, and at the end.
+
+    A hub that cannot be reached is told of, and does not end the run.
+
+    Args:
+        repository: its name; it is made if it is not there, private if `args.hub_private_repo` says so.
+        args: the trainer's config: `output_dir`, `hub_model_id`, `hub_private_repo`, `hub_token`.
+
+    Returns:
+        What sends them, or False.
+    """
+    from huggingface_hub import CommitScheduler, DatasetCard, create_repo
+
+    folder = os.path.join(args.output_dir, "completions")
+    os.makedirs(folder, exist_ok=True)
+    of_model = f" of `{args.hub_model_id}`" if args.hub_model_id else ""
+    card = (
+        "---\ntags:\n- outspoken\n- completions\n---\n\n# Completions\n\nWhat a model wrote while it was trained with "
+        f"Outspoken{of_model}: one file a log, with prompts, completions, rewards and advantages.\n"
+    )
+    try:
+        create_repo(
+            repository, private=args.hub_private_repo, repo_type="dataset", exist_ok=True, token=args.hub_token
+        )
+        DatasetCard(card).push_to_hub(repository, token=args.hub_token)
+        return CommitScheduler(
+            repo_id=repository,
+            repo_type="dataset",
+            folder_path=folder,
+            every=2,
+            allow_patterns=["*.parquet"],
+            token=args.hub_token,
+        )
+    except Exception as error:
+        logger.warning(
+            f"Completions cannot be sent to {repository} ({type(error).__name__}: {error}); they stay in {folder}."
+        )
+        return False
 
 
 def _tabular(value: Any) -> Any:
