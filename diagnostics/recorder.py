@@ -82,10 +82,6 @@ class Recorder:
                 outer, used = self._open[-1]
                 self._open[-1] = (outer, used + elapsed)
 
-    def seconds(self, name: str) -> float:
-        """How long a phase took in this step so far."""
-        return self._values.get(f"time/{name}", 0.0)
-
     def take(self) -> StepMeasurements:
         """Return what was recorded since the last call, and start afresh. Phases still open are not counted yet."""
         signals = dict(self._values)

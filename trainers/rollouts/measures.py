@@ -115,9 +115,12 @@ def record_completions(
 
     recorder.set("num_completions", n)
     recorder.set("num_prompts", len(groups))
-    seconds = recorder.seconds("generate")
+    worker = trainer.rollouts
+    tokens, seconds = map(sum, zip(*gather_object([(worker.sampled_tokens, worker.sampling_seconds)])))
     if seconds:
-        recorder.set("generate/tokens_per_second", float(lengths.sum()) / seconds)
+        # Processes sample at the same time, so their speeds add up.
+        recorder.set("generate/tokens_per_second", tokens / seconds * trainer.accelerator.num_processes)
+    worker.sampled_tokens, worker.sampling_seconds = 0, 0.0
     recorder.set("prompts/p95_length", float(torch.quantile(prompt_lengths, 0.95)))
     if done.any():
         for share in (0.50, 0.90, 0.99):

@@ -1,6 +1,7 @@
 """From rows of a dataset to completions: prompts are tokenised, sampled from by a backend, run through tools, decoded."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -181,6 +182,7 @@ class RolloutWorker:
         self.processor = processing.processor
         self.end_ids = eos_token_ids(trainer.model, self.tokenizer)
         self.rollout_func = rollout_func
+        self.sampled_tokens, self.sampling_seconds = 0, 0.0  # of this process, since they were last measured
         self.tools: ToolSet = tool_set(tools or [])
         self.environments: EnvironmentPool | None = None
         if environment_factory is not None:
@@ -248,7 +250,7 @@ class RolloutWorker:
         assert prepared is not None
         self.refresh()
         rollouts = None
-        turns = _Turns(self.trainer.accelerator)
+        turns, start = _Turns(self.trainer.accelerator), time.perf_counter()
         try:
             rollouts = self._sample(prepared, params, turns)
         except _FailedElsewhere:
@@ -258,6 +260,8 @@ class RolloutWorker:
             turns.fail()
         raise_together(self.trainer.accelerator, error)
         assert rollouts is not None
+        self.sampled_tokens += sum(rollouts.model_tokens())
+        self.sampling_seconds += time.perf_counter() - start
         return rollouts
 
     def prepare(self, rows: list[dict[str, Any]]) -> "Prepared":
