@@ -234,6 +234,7 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
             self.completions_log.add(rollouts.prompts, rollouts.completions)
             if mode == "train":
                 measures.record_completions(self, rollouts, None, None, [], 1, cap)
+                measures.record_speed(self)
         else:
             self._count_tokens(mode, rollouts)
         if mode == "train" and self._has_completions:

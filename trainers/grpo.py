@@ -423,25 +423,28 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             rollouts = self.rollouts.sample(rows)
         with self._phase("score"):
             per_function = self._score(rollouts)
-        first = per_function
+        # What is measured of the policy is of what was drawn first, before anything is replaced.
+        names, weights = self.rewards.names, self.rewards.weights(args)
+        rewards = group_advantages.weighted_sum(per_function, weights)
         measures.log_completions(self, mode, rollouts)
         measures.log_counts(self, mode, rollouts)
-        if mode == "train" and args.dynamic_sampling:
-            per_function = self._resample(rollouts, per_function, group)
+        measures.log_rewards(self, mode, per_function, rewards, names, group)
+        if mode == "train":
+            measures.record_completions(self, rollouts, rewards, per_function, names, group, cap, weights)
+            if args.dynamic_sampling:
+                per_function = self._resample(rollouts, per_function, group)
 
         batch = as_batch(self, rollouts, temperature, cap)
         self._add_logps(batch)
         found = self._advantages(batch, rollouts, per_function, group)
         local = slice(self.accelerator.process_index * len(rows), (self.accelerator.process_index + 1) * len(rows))
         batch.advantages = found.advantages[local]
-
-        weights = self.rewards.weights(args)
-        rewards = group_advantages.weighted_sum(first, weights)
-        measures.log_rewards(self, mode, first, rewards, self.rewards.names, group)
+        if batch.advantages.ndim == 2:  # as wide as the longest completion of all processes
+            batch.advantages = batch.advantages[:, : batch.completion_ids.size(1)]
         self._log_texts(mode, rollouts, per_function, found.advantages)
         if mode == "train":
-            measures.record_completions(self, rollouts, rewards, first, self.rewards.names, group, cap, weights)
             measures.record_advantages(self, found.advantages)
+            measures.record_speed(self)
             if args.replay_buffer_size:
                 batch = self._replay(batch, found, local)
         return batch

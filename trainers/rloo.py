@@ -180,6 +180,7 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
         if mode == "train":
             measures.record_completions(self, rollouts, rewards, per_function, self.rewards.names, group, cap, weights)
             measures.record_advantages(self, found)
+            measures.record_speed(self)
         return batch
 
     def _advantages(self, mode: str, batch: RolloutBatch, rewards: Tensor, group: int) -> Tensor:

@@ -115,12 +115,6 @@ def record_completions(
 
     recorder.set("num_completions", n)
     recorder.set("num_prompts", len(groups))
-    worker = trainer.rollouts
-    tokens, seconds = map(sum, zip(*gather_object([(worker.sampled_tokens, worker.sampling_seconds)])))
-    if seconds:
-        # Processes sample at the same time, so their speeds add up.
-        recorder.set("generate/tokens_per_second", tokens / seconds * trainer.accelerator.num_processes)
-    worker.sampled_tokens, worker.sampling_seconds = 0, 0.0
     recorder.set("prompts/p95_length", float(torch.quantile(prompt_lengths, 0.95)))
     if done.any():
         for share in (0.50, 0.90, 0.99):
@@ -136,6 +130,16 @@ def record_completions(
     repeated, runs = map(sum, zip(*map(repetitions, completion_ids)))
     if runs:
         recorder.count("completions/repetition_share", repeated, runs)
+
+
+def record_speed(trainer: Any) -> None:
+    """Tokens sampled per second of sampling since the last call, all processes together."""
+    worker = trainer.rollouts
+    tokens, seconds = map(sum, zip(*gather_object([(worker.sampled_tokens, worker.sampling_seconds)])))
+    if seconds:
+        # Processes sample at the same time, so their speeds add up.
+        trainer.recorder.set("generate/tokens_per_second", tokens / seconds * trainer.accelerator.num_processes)
+    worker.sampled_tokens, worker.sampling_seconds = 0, 0.0
 
 
 def repetitions(ids: Sequence[int], length: int = REPEATED_TOKENS) -> tuple[int, int]:
