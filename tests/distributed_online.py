@@ -197,16 +197,16 @@ class Button:
 def converse(trainer, fails=False):
     """Let the model press as often as it is asked to, a turn each, the copies of a prompt not all alike.
 
-    `fails`: sampling does, once the first process is in the middle of its conversations.
+    `fails`: what comes after sampling does, once the first process is in the middle of its conversations.
     """
     tokenizer, backend, calls = trainer.rollouts.tokenizer, trainer.rollouts.backend, [0]
 
     def generate(prompt_ids, params, *, caps=None, images=None):
+        # Where weights are spread over processes, they have to sample together, also those without conversations.
+        backend.generate(prompt_ids, replace(params, max_new_tokens=2))
         calls[0] += 1
         if fails and calls[0] == 2:
             raise RuntimeError("The line went dead")
-        # Where weights are spread over processes, they have to sample together, also those without conversations.
-        backend.generate(prompt_ids, replace(params, max_new_tokens=2))
         completions = []
         for place, ids in enumerate(prompt_ids):
             text = tokenizer.decode(ids)

@@ -36,7 +36,7 @@ STEPS, SAVED = 6, 3
 # only, so the worker lets it take the CPU for one; what loads and moves weights for GPUs is switched off.
 SPREAD = {"ddp": "ddp_cpu", "fsdp1": "fsdp1", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 DEEPSPEED = Path(sys.prefix) / "deepspeed"  # where `make test-all` puts it, beside the environment
-TIMES = ("runtime", "per_second", "total_flos", "step_time", "latency")
+TIMES = ("runtime", "per_second", "total_flos", "step_time", "latency", "seconds")
 
 
 def launch(spread, folder, model_dir, cases, seconds=900):
@@ -140,10 +140,10 @@ def assert_same_weights(actual, expected, tolerance):
         )
 
 
-def assert_same_numbers(found, expected, tolerance, where, skip=()):
-    assert found.keys() - set(skip) == expected.keys() - set(skip)
+def assert_same_numbers(found, expected, tolerance, where, skip=lambda name: False):
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name not in skip:
+        if not skip(name):
             assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance), (where, name)
 
 
@@ -152,9 +152,13 @@ def skip_saved_adapters(spread, case):
         pytest.skip("FSDP1 gathers an adapter with its full state, which fails on a CPU")
 
 
-# Where the sampler keeps no entropies, completions without advantage have none; each process computes one at least.
-def unknown_entropies(case):
-    return () if case in ("grpo", "grpo-lora", "off-policy", "entropy", "live") else ("entropy",)
+def of_other_completions(case, name):
+    """Whether a number is of what went through the model: completions without advantage do not, but one on each process.
+
+    (Where something samples that knows entropies, that of all completions is known.)
+    """
+    few = case not in ("grpo", "grpo-lora", "off-policy", "entropy", "live")
+    return few and (name == "entropy" or name.startswith(("log_ratio/", "ratio/", "policy/")))
 
 
 @pytest.mark.parametrize("case", SCRIPTED)
@@ -167,7 +171,7 @@ class TestTwoProcesses:
         expected, found = history(one), history(two)
         assert len(expected) == len(found)
         for entry, other in zip(expected, found):
-            assert_same_numbers(other, entry, 5e-5, entry["step"], unknown_entropies(case))
+            assert_same_numbers(other, entry, 5e-5, entry["step"], lambda name: of_other_completions(case, name))
         rows = trained(one)
         assert len(rows) == STEPS and sum(row["grad_norm"] > 0.1 for row in rows) >= 4  # it did train
         assert any("eval_reward" in row for row in found) == (case == "grpo")
@@ -191,7 +195,7 @@ class TestTwoProcesses:
                     continue
                 if name.startswith(("grad/", "grad_norm_clipped")) and spread != "ddp":
                     continue  # a process has a share of the gradients, or none
-                if name in unknown_entropies(case):
+                if of_other_completions(case, name):
                     continue
                 assert found["signals"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), (expected["step"], name)
 
@@ -212,7 +216,7 @@ def test_the_cases_test_what_they_are_for(ran):
     assert len({row["entropy_coef"] for row in rows["entropy"]}) > 2
     policy_losses = [row["policy_loss"] - row["loss"] for row in rows["entropy"]]
     assert policy_losses[0] == pytest.approx(0, abs=1e-6) and max(policy_losses) > 0.1  # a bonus from step 2 on
-    assert max(row["dynamic_sampling/rounds"] for row in rows["dynamic"]) >= 1
+    assert max(row.get("dynamic_sampling/rounds", 0) for row in rows["dynamic"]) >= 1
     assert max(row["tools/call_frequency"] for row in rows["conversations"]) > 0.5
 
 
@@ -278,7 +282,8 @@ class TestAnAgentsChange:
         for entry, other in zip(trained(one), trained(two), strict=True):
             assert_same_numbers(other, entry, 5e-5, entry["step"])
         rows = trained(two)
-        assert [row["completions/max_length"] for row in rows if "reward" in row] == [8, 5, 5]
+        longest = [row["completions/max_length"] for row in rows if "reward" in row]
+        assert longest[0] == 8 and max(longest[1:]) == 5
         assert ["policy_loss" in row for row in rows] == [False] * 2 + [True] * 4  # which a bonus is taken off
         assert_same_weights(two / "model", one / "model", 1e-5)
 
