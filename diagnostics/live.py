@@ -173,7 +173,7 @@ def refusal(trainer: Any, config: Mapping[str, Any], fields: Mapping[str, Any]) 
         if getattr(trainer, "ref_model", None) is None and "ref" not in adapters:
             return "beta was 0 when the run began, so no reference model was loaded; set beta for the next run"
     if "reward_weights" in fields:
-        weights, names = fields["reward_weights"], list(getattr(trainer, "reward_funcs", ()))
+        weights, names = fields["reward_weights"], list(getattr(trainer, "reward_func_names", ()))
         if len(weights) != len(names) or not all(_is_finite(w) for w in weights):
             return f"reward_weights={weights} must be a finite number for each of the {len(names)} reward functions"
     reason = _wrong_for_preferences(config, fields)

@@ -20,6 +20,7 @@ from outspoken import DiagnosticsCallback, GRPOConfig, GRPOTrainer, SFTConfig, S
 from outspoken.agent_api.run import RequestRefused, Run
 from outspoken.diagnostics import live
 from outspoken.diagnostics.records import change_field
+from outspoken.trainers.config import live_fields
 
 GROUP, ROWS = 4, 8
 SENTENCES = ["The sky is blue and", "What is 2 + 2? It", "green grass", "the quick brown fox jumps", "It is", "dog"]
@@ -338,13 +339,17 @@ def test_sampling(make, kind):
     agent = Agent({2: lambda run: run.apply(wanted, actor="test")})
     scores, used = Scores(), []
     trainer = make(kind, agent, scores, max_steps=4)
-    generate = trainer.model.generate
+    if kind == "grpo":
+        sample = trainer.rollouts.generate
+        trainer.rollouts.generate = lambda ids, params, **k: used.append(params) or sample(ids, params, **k)
+    else:
+        generate = trainer.model.generate
 
-    def spy(*args, generation_config=None, **kwargs):
-        used.append(copy.deepcopy(generation_config))
-        return generate(*args, generation_config=generation_config, **kwargs)
+        def spy(*args, generation_config=None, **kwargs):
+            used.append(copy.deepcopy(generation_config))
+            return generate(*args, generation_config=generation_config, **kwargs)
 
-    trainer.model.generate = spy
+        trainer.model.generate = spy
     trainer.train()
     assert len(used) == 4
     for step, config in enumerate(used, 1):
@@ -559,7 +564,7 @@ def test_live_fields_of_each_trainer(make):
         ("trl-kto", common | {"beta", "desirable_weight", "undesirable_weight"}),
         ("trl-reward", common | {"center_rewards_coefficient"}),
         ("trl-grpo", common | policy | sampling),
-        ("grpo", common | policy | sampling | {"temperature", "loss_type", "delta"}),
+        ("grpo", {*live_fields(GRPOConfig)}),
     ):
         trainer = make(kind)
         found = live.live_fields(trainer, trainer.args)

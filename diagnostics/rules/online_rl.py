@@ -237,7 +237,8 @@ def group_std_collapse(run: RunView, p: Params) -> RuleResult:
         [
             advise(
                 "RL001.1",
-                "Drop prompts whose running pass rate is 0 or 1, or sample until groups are mixed",
+                "Drop prompts whose running pass rate is 0 or 1"
+                + ("" if run.config.get("dynamic_sampling") is True else ", or sample until groups are mixed"),
                 applicability="template",
                 side_effects=("the distribution of prompts shifts",),
                 expect=Expectation(dead.name, "below", p.clear, steps_for(run, dead.name, 64), min_n=64),

@@ -220,6 +220,16 @@ class RewardMixin(SamplingMixin):
         self._pending_metrics: dict[str, list[float]] = defaultdict(list)
         self._not_numbers: set[str] = set()  # names of metrics that were given something else, and told of
 
+    @property
+    def reward_funcs(self) -> list[Any]:
+        """The reward functions and models, in the order of their weights."""
+        return list(self.rewards.functions.values())
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        """What their rewards are logged under."""
+        return self.rewards.names
+
     def _place_reference(self) -> None:
         """Put the reference model where the policy is; to be called after `Trainer.__init__`."""
         if self.ref_model is not None:
