@@ -95,7 +95,7 @@ CASES = {
 }
 
 
-def build(case, folder, model, tokenizer):
+def build(case, folder, model, tokenizer, steps=STEPS):
     kind, rewards, settings = CASES[case]
     settings = dict(settings)
     if settings.pop("dropout", False):
@@ -111,7 +111,7 @@ def build(case, folder, model, tokenizer):
         args={GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}[kind](
             str(folder),
             **{
-                "max_steps": STEPS,
+                "max_steps": steps,
                 "per_device_eval_batch_size": 2,
                 "max_completion_length": 6,
                 "learning_rate": 1e-2,
@@ -383,7 +383,7 @@ def test_killed_from_outside(tmp_path, tiny_model_dir, case):
         process = start("run")
         lines, began = tmp_path / "run" / "outspoken" / "metrics.jsonl", time.monotonic()
         before = len(lines.read_text().splitlines()) if lines.exists() else 0
-        more, wait = drawn.randrange(1, 3), drawn.uniform(0, 0.15)
+        more, wait = drawn.randrange(1, 6), drawn.uniform(0, 0.15)
         try:
             while process.poll() is None and time.monotonic() - began < 120:
                 if lines.exists() and len(lines.read_text().splitlines()) >= before + more:
@@ -405,8 +405,7 @@ def test_killed_from_outside(tmp_path, tiny_model_dir, case):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, model_dir, case = sys.argv[1:]
-    run = build(
-        case, folder, AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
-    )
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    run = build(case, folder, model, tokenizer, steps=30)
     run.train(resume_from_checkpoint=checkpoint.last_whole(folder))
     Path(f"{folder}.json").write_text(json.dumps(state_of(run)))
