@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp as fsdp
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -91,6 +91,7 @@ SCRIPTED = {
         {**GROUPS, "share_prompts": False, "sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.2},
     ),
     "conversations": ("GRPO", {**WHOLE, "conversations": True, "max_completion_length": 200}),
+    "stream": ("GRPO", {**SPANNING, "stream": True}),
     "rloo": ("RLOO", {**GROUPS, "beta": 0.1}),
     "rloo-clipped": ("RLOO", {**SPANNING, **MOVES, "beta": 0.1, "loss_type": "clipped"}),
 }
@@ -274,6 +275,9 @@ def build(case, folder, model_dir, **more):
     lora, evaluates, converses = (own.pop(name, False) for name in ("lora", "eval", "conversations"))
     rewards, callbacks = own.pop("rewards", [graded, short]), own.pop("callbacks", [])
     rows = CONVERSATIONS if converses else ROWS
+    dataset = Dataset.from_list(rows)
+    if own.pop("stream", False):
+        dataset = IterableDataset.from_generator(lambda: iter(rows))
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     if converses:
         tokenizer.eos_token = "<|im_end|>"
@@ -305,7 +309,7 @@ def build(case, folder, model_dir, **more):
         model=model_dir,
         reward_funcs=rewards,
         args=getattr(outspoken, f"{kind}Config")(**settings),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset,
         eval_dataset=Dataset.from_list(rows[:4]) if evaluates else None,
         processing_class=tokenizer,
         callbacks=[watch, *callbacks],

@@ -7,6 +7,7 @@ process only (tests/distributed_online.py); the tests look at what was left behi
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("distributed_online.py")
 SCRIPTED = (
     "grpo", "grpo-lora", "off-policy", "per-completion", "entropy", "gspo", "returns", "dynamic", "plain-prompts",
-    "conversations", "rloo", "rloo-clipped",
+    "conversations", "stream", "rloo", "rloo-clipped",
 )  # fmt: skip
 SAMPLED = ("sampled", "sampled-rloo")
 TROUBLE = ("uneven", "one-resamples", "one-replays", "seeded", "raises", "hangs", "turn-fails")
@@ -375,3 +376,25 @@ def test_killed_and_resumed(tmp_path, tiny_model_dir, how):
         assert after == [row for row in before if row[0] >= 4] and after
     assert trained(killed) == trained(through)
     assert_same_weights(killed / "model", through / "model", 0)
+
+
+def test_resumed_by_another_number_of_processes(tmp_path, tiny_model_dir):
+    """What is left of a generation batch is of two processes; one samples it anew and goes on, and two after it."""
+
+    def drop_after(step):
+        """Leave the run as if it had been killed after that step, in the middle of a generation cycle."""
+        for path in run.glob("checkpoint-*"):
+            if int(path.name.rpartition("-")[2]) > step:
+                shutil.rmtree(path)
+        (run / "result.json").unlink(missing_ok=True)
+
+    run = tmp_path / "killed"
+    assert launch("ddp", tmp_path, tiny_model_dir, ["went-through"], seconds=300) == 0
+    shutil.copytree(tmp_path / "went-through", run)
+    for step, how, told in ((3, None, "is of 2 process(es) (there are 1 now)"), (5, "ddp", "is of 1 process(es)")):
+        drop_after(step)
+        assert launch(how, tmp_path, tiny_model_dir, ["killed"], seconds=300) == 0
+        assert [row["step"] for row in trained(run)] == [1, 2, 3, 4, 5, 6]
+        sampled_at = {row[0] for process in result(result_of(tmp_path, "killed"))["seen"] for row in process}
+        assert min(sampled_at) == step  # at once
+        assert told in (tmp_path / "log.txt").read_text()
