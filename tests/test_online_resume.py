@@ -6,6 +6,7 @@ Killed by an exception that nothing catches, at a random place of a random step;
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,10 +296,10 @@ def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["missing", "torn", "of two processes"])
-def test_without_what_was_sampled_the_batch_is_sampled_anew(make, what, caplog):
+def test_without_what_was_sampled_the_batch_is_sampled_anew(make, whole, tmp_path, what, caplog):
     """The prompts are the same as before; what is said names the reason."""
-    make("off-policy", "run").train()
-    folder = Path(make("off-policy", "run").args.output_dir) / "checkpoint-4"
+    folder = tmp_path / "run" / "checkpoint-4"
+    shutil.copytree(Path(whole("off-policy").args.output_dir) / "checkpoint-4", folder)
     file = folder / "rollouts_0.pt"
     if what == "missing":
         file.unlink()
