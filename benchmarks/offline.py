@@ -163,7 +163,8 @@ def turn_taking(steps: int, device: str, channel: TextIO, each_step: Callable[[]
             self.losses: list[float] = []
 
         def wait(self) -> None:
-            sys.stdin.readline()
+            if not sys.stdin.readline():
+                raise SystemExit("The benchmark has ended.")
             self.began = time.perf_counter(), time.process_time()
 
         def on_train_begin(self, args, state, control, **kwargs):

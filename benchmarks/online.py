@@ -1,6 +1,6 @@
 """How fast whole GRPO steps are, and what memory they take, beside TRL's: same model, prompts, settings and machine.
 
-    python benchmarks/online.py [--cases tiny_32,smollm2_256] [--turns 3] [--quick] [--json FILE] [--write]
+    python benchmarks/online.py [--cases tiny_32,smollm2_256] [--turns 5] [--quick] [--json FILE] [--write]
 
 For every case, each library trains in a process of its own: it samples completions, scores them and updates the weights.
 The two take turns, a few optimizer steps at a time, so that whatever else the machine does weighs on both. Completions
@@ -29,9 +29,10 @@ from offline import CONTENDERS, Contender, build_model, machine, own_stdout, tur
 BEGIN, END = "<!-- online: begin -->", "<!-- online: end -->"
 GROUP = 8
 # A completion ends at each token whose number leaves this remainder: at one in so many, if all were as likely. SmolLM2
-# writes such a token every 37 others.
+# writes such a token every 37 others. So about a sixth of all completions are as long as they may be, the others of any
+# length, and a step's longest is seldom far below.
 ONE_IN, REMAINDER = 40, 3
-LONGEST = 128
+LONGEST = 64
 TINY = {"layers": 4, "hidden": 128, "vocabulary": 4_096}
 WARM_UP = 8  # tokens of the completions in the first turn, which is not counted
 
@@ -48,7 +49,7 @@ class Case:
     checkpointing: bool = False
     flat: bool = False  # whether every other group has the same reward for all its completions
     steps: int = 1  # of a turn
-    more_turns: int = 1  # times the turns asked for
+    turns: int = 2  # that count
     speed_aim: float = 1.0
 
     @property
@@ -65,10 +66,10 @@ class Case:
 
 SMOLLM2 = "SmolLM2-135M"
 CASES = {
-    "tiny_32": Case("tiny", 32, 32, steps=3, more_turns=3),
-    "tiny_256": Case("tiny", 256, 32, steps=3, more_turns=3, speed_aim=2.5),
-    "smollm2_32": Case(SMOLLM2, 32, more_turns=2),
-    "smollm2_256": Case(SMOLLM2, 256, speed_aim=2.5),
+    "tiny_32": Case("tiny", 32, 32, steps=2, turns=5),
+    "tiny_256": Case("tiny", 256, 32, steps=2, turns=5, speed_aim=2.5),
+    "smollm2_32": Case(SMOLLM2, 32, turns=3),
+    "smollm2_256": Case(SMOLLM2, 256, turns=3, speed_aim=2.5),
     "smollm2_256_beta": Case(SMOLLM2, 256, beta=0.04, speed_aim=2.5),
     "smollm2_256_lora": Case(SMOLLM2, 256, lora=True, speed_aim=2.5),
     "smollm2_256_checkpointing": Case(SMOLLM2, 256, checkpointing=True, speed_aim=2.5),
@@ -275,6 +276,7 @@ def contest(name: str, model: str, turns: int, device: str) -> dict[str, Any]:
             "shares": phases | {"train": 1 - sum(phases.values())},
             "peak_mib": max(turn[who]["peak"] for turn in measured),
             "wall": [turn[who]["wall"] for turn in counted],
+            "cpu": [turn[who]["cpu"] for turn in counted],
         }
 
     ratios = sorted(turn["trl"]["wall"] / turn["outspoken"]["wall"] for turn in counted)
@@ -338,9 +340,7 @@ def trained_share(found: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default=",".join(CASES), help="of " + ", ".join(CASES))
-    parser.add_argument(
-        "--turns", type=int, default=3, help="turns of each contender that count; some cases take more"
-    )
+    parser.add_argument("--turns", type=int, help="turns of each contender that count; default: the case's own")
     parser.add_argument("--quick", action="store_true", help="the tiny model, 1 turn that counts")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, help="file for all numbers")
@@ -367,7 +367,7 @@ def main() -> None:
             place.mkdir()
             save_model(model, place)
         for name in names:
-            turns = 1 if args.quick else args.turns * CASES[name].more_turns
+            turns = 1 if args.quick else args.turns or CASES[name].turns
             found = contest(name, str(models[CASES[name].model]), turns, device) | {"turns": turns}
             results.append(found)
             seen = found["seen"]
