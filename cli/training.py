@@ -491,9 +491,9 @@ def _checkpoint(config: Any, given: Sequence[Given]) -> str | None:
             at = _place("resume_from_checkpoint", given, "")
             raise CommandError(f"{at}resume_from_checkpoint {wanted!r} is no folder; name a checkpoint, or 'last'.")
         return str(wanted)
-    from transformers.trainer_utils import get_last_checkpoint
+    from outspoken.trainers.rollouts.checkpoint import last_whole
 
-    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    last = last_whole(config.output_dir)  # a run that was killed while saving leaves the beginning of one behind
     if last is None:
         note(f"there is no checkpoint in {config.output_dir} yet, so training starts from the beginning")
     return last
