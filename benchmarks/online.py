@@ -277,6 +277,8 @@ def contest(name: str, model: str, turns: int, device: str) -> dict[str, Any]:
             "peak_mib": max(turn[who]["peak"] for turn in measured),
             "wall": [turn[who]["wall"] for turn in counted],
             "cpu": [turn[who]["cpu"] for turn in counted],
+            "step_lengths": told[who]["lengths"][case.steps :],
+            "step_seconds": {phase: seconds[case.steps :] for phase, seconds in told[who]["seconds"].items()},
         }
 
     ratios = sorted(turn["trl"]["wall"] / turn["outspoken"]["wall"] for turn in counted)
