@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -202,6 +203,31 @@ def test_dynamic_sampling_replaces_groups_without_spread(build):
     assert log["dynamic_sampling/sampled_per_trained"] == 1 + log["dynamic_sampling/replaced_groups"] / 2
     # Rewards are those of what was drawn first, not of what is left of it: they say how good the policy is.
     assert log["reward"] < 1.0
+
+
+@pytest.mark.parametrize("settings", [{"dynamic_sampling": True}, {"advantage_estimator": "remax"}])
+def test_what_rewards_log_belongs_to_the_completions_that_are_trained_on(build, settings):
+    """Functions are called again for groups that are sampled anew, and for the likeliest completions."""
+    calls = []
+
+    def judge(completions, log_extra, log_metric, **_):
+        calls.append(len(completions))
+        log_extra("call", [len(calls)] * len(completions))
+        if len(calls) == 2:
+            log_extra("second", ["anew"] * len(completions))
+        log_metric("judge/calls", len(calls))
+        # The first group has no spread when it is drawn first.
+        return [float(i % 2) if i >= 4 or len(calls) > 1 else 1.0 for i in range(len(completions))]
+
+    run = build(judge, log_completions=True, num_completions_to_print=0, max_steps=1, **settings)
+    run.train()
+    table = pd.read_parquet(f"{run.args.output_dir}/completions/completions_00001.parquet")
+    if "dynamic_sampling" in settings:
+        assert calls == [8, 4] and table["call"].tolist() == [2] * 4 + [1] * 4
+        assert table["second"].tolist() == ["anew"] * 4 + [None] * 4
+    else:
+        assert calls == [8, 2] and table["call"].tolist() == [1] * 8 and "second" not in table
+    assert logs_of(run)[0]["judge/calls"] == 1
 
 
 def test_dynamic_sampling_is_bounded(build):

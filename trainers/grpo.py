@@ -482,7 +482,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             with self._phase("generate"):
                 fresh = self.rollouts.sample(rows)
             with self._phase("score"):
-                scored = self._score(fresh)
+                scored = self._score(fresh, measured=False)
             rollouts.put(mine, fresh)
             per_function = per_function.clone()
             per_function[torch.tensor(places, device=per_function.device)] = scored
@@ -547,7 +547,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         with self._phase("generate"):
             greedy = self.rollouts.sample(rollouts.rows[::group], self.rollouts.params(greedy=True))
         with self._phase("score"):
-            scored = self._score(greedy)
+            scored = self._score(greedy, measured=False)
         return group_advantages.weighted_sum(scored, self.rewards.weights(self.args))
 
     def _reinforce_plus_plus(self, batch: RolloutBatch, rewards: Tensor) -> Tensor:

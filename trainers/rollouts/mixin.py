@@ -237,16 +237,20 @@ class RewardMixin(SamplingMixin):
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
-    def _score(self, rollouts: Rollouts) -> Tensor:
-        """Rewards of each function, (N, K) over all processes; NaN where a function does not apply."""
+    def _score(self, rollouts: Rollouts, measured: bool = True) -> Tensor:
+        """Rewards of each function, (N, K) over all processes; NaN where a function does not apply.
+
+        Args:
+            measured: whether what functions give to `log_metric` counts: not for completions beside those drawn first.
+        """
         local = self.rewards.score(
             rollouts.prompts,
             rollouts.completions,
             rollouts.completion_ids,
             rollouts.columns(),
             trainer_state=self.state,
-            log_extra=lambda column, values: self.completions_log.pending_extra[column].extend(values),
-            log_metric=self._log_metric,
+            log_extra=lambda column, values: rollouts.logged[column].extend(values),
+            log_metric=self._log_metric if measured else None,
             environments=rollouts.environments,
         )
         if self._mode == "train":
@@ -295,6 +299,7 @@ class RewardMixin(SamplingMixin):
             rollouts.completions,
             of_completions.tolist(),
             {name: column.tolist() for name, column in zip(self.rewards.names, per_function.T)},
+            rollouts.logged,
         )
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = gather_object(self._pending_metrics.get(name, []))

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -54,6 +55,7 @@ class Rollouts:
         tool_masks: per token, 1 where the model wrote it; None where it wrote all.
         environments: what each completion was sampled in; None without environments.
         extra: further columns for the reward functions, name -> one value a row.
+        logged: columns that reward functions logged about these completions.
         images: what the model takes beside tokens; None without images.
         pictures: the images as the dataset has them.
         counts: what `tool_totals` counts of calls and turns; empty without tools.
@@ -70,6 +72,7 @@ class Rollouts:
     tool_masks: list[list[int] | None]
     environments: list[Any] | None = None
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    logged: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     images: list[dict[str, Tensor]] | None = None
     pictures: list[list[Any]] | None = None
     counts: dict[str, float] = field(default_factory=dict)
@@ -84,10 +87,11 @@ class Rollouts:
             if isinstance(mine, list) and isinstance(theirs, list):
                 for place, value in zip(places, theirs):
                     mine[place] = value
-        for name, values in others.extra.items():
-            mine = self.extra.setdefault(name, [None] * len(self))
-            for place, value in zip(places, values):
-                mine[place] = value
+        for mine, theirs in ((self.extra, others.extra), (self.logged, others.logged)):
+            for name in {*mine, *theirs}:
+                column = mine.setdefault(name, [None] * len(self))
+                for place, value in zip(places, theirs.get(name, [None] * len(others))):
+                    column[place] = value
         for name, value in others.counts.items():
             so_far = self.counts.get(name, 0.0)
             self.counts[name] = max(so_far, value) if name == "max_turns" else so_far + value

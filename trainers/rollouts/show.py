@@ -97,7 +97,6 @@ class CompletionsLog:
         self.rewards: dict[str, Any] = defaultdict(lambda: deque(maxlen=size))
         self.extra: dict[str, Any] = defaultdict(lambda: deque(maxlen=size))
         self.images: Any = deque(maxlen=size)
-        self.pending_extra: dict[str, list] = defaultdict(list)  # what reward functions gave to `log_extra`
         self.is_new = False
 
     def add(
@@ -106,9 +105,13 @@ class CompletionsLog:
         completions: list,
         advantages: Sequence[float] | None = None,
         rewards: Mapping[str, Sequence[float]] | None = None,
+        extra: Mapping[str, list] | None = None,
         images: list | None = None,
     ) -> None:
-        """Add completions. `prompts`, `completions` and `images` are this process's, the numbers those of all.
+        """Add completions. `prompts`, `completions`, `extra` and `images` are this process's, the numbers those of all.
+
+        Args:
+            extra: columns that reward functions logged.
 
         Raises:
             ValueError: a reward function logged another number of values than there are completions.
@@ -124,15 +127,15 @@ class CompletionsLog:
         self.is_new = True
         # Sorted, so that all processes gather in the same order. A column stays aligned with the prompts even if it is
         # not logged for every batch.
-        for column in sorted({*gather_object(list(self.pending_extra)), *self.extra}):
-            values = self.pending_extra.get(column, [None] * len(prompts))
+        extra = extra or {}
+        for column in sorted({*gather_object(list(extra)), *self.extra}):
+            values = extra.get(column, [None] * len(prompts))
             if len(values) != len(prompts):
                 raise ValueError(
                     f"log_extra({column!r}) got {len(values)} values for {len(prompts)} completions; pass one for each."
                 )
             self.extra[column].extend([None] * (rows_before - len(self.extra[column])))
             self.extra[column].extend(gather_object(values))
-        self.pending_extra.clear()
 
     def show(self, args: Any, step: int) -> None:
         """Print the completions and write them beside the checkpoints, and to wandb and trackio."""
