@@ -1,6 +1,7 @@
 """What GRPOTrainer does beyond TRL's: advantages of other papers, resampling, replay, prompts computed once, completions
 left out, and errors that lose nothing."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -15,6 +16,7 @@ from outspoken.trainers import advantages as formulas
 from outspoken.trainers import completion_scores, group_prompts
 from outspoken.trainers.grpo import GRPOConfig, GRPOTrainer
 from outspoken.trainers.rollouts.batch import RolloutBatch, sampled_from_ids
+from outspoken.trainers.rollouts.environments import Episodes
 from outspoken.trainers.rollouts.replay import ReplayBuffer, join
 from outspoken.trainers.rollouts.sampler import more_prompts
 
@@ -417,6 +419,32 @@ def test_a_reward_that_fails_leaves_a_checkpoint_to_resume_from(build):
     again = build(judge, max_steps=4)
     again.train(resume_from_checkpoint=folder)
     assert again.state.global_step == 4 and calls == [0, 1, 2, 2, 3]
+
+
+class Pool:
+    """Environments without tools, which count how often they are closed."""
+
+    closed = 0
+
+    def start(self, rows):
+        return Episodes(environments=[self] * len(rows), prompts=[row["prompt"] for row in rows])
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_environments_are_closed_when_training_ends(build, fails):
+    def judge(completions, environments, **_):
+        if fails:
+            raise OSError("away")
+        return [float(i) for i in range(len(environments))]
+
+    run = build(judge)
+    run.rollouts.environments = pool = Pool()
+    with pytest.raises(RuntimeError, match="away") if fails else contextlib.nullcontext():
+        run.train()
+    assert pool.closed == 1
 
 
 def test_a_reward_that_hangs_is_waited_for_in_bounds(build):

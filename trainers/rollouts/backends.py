@@ -86,9 +86,6 @@ class TransformersBackend:
     def push_weights(self, model: Any, version: int) -> None:
         """Nothing to do: what trains is what samples."""
 
-    def close(self) -> None:
-        """Nothing runs beside the trainer."""
-
 
 def sample_continuously(
     model: Any, prompt_ids: list[list[int]], params: SamplingParams, tokenizer: Any, args: Any, caps: list[int] | None

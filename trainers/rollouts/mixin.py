@@ -128,6 +128,8 @@ class SamplingMixin(Trainer):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._is_sampling = False
+            if self.rollouts.environments is not None:
+                self.rollouts.environments.close()  # later episodes get new ones
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._step is None:

@@ -206,12 +206,6 @@ class RolloutWorker:
         else:
             self.backend = TransformersBackend(trainer, self.tokenizer)
 
-    def close(self) -> None:
-        """End what runs beside the trainer: environments, an engine."""
-        if self.environments is not None:
-            self.environments.close()
-        self.backend.close()
-
     def generate(
         self, prompt_ids: list[list[int]], params: SamplingParams, *, caps: list[int] | None = None, images: Any = None
     ) -> Sampled:
