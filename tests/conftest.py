@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,86 @@ def tiny_model_dir(tmp_path_factory, tiny_model_factory, tiny_tokenizer):
     tiny_model_factory().save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return str(path)
+
+
+# ------------------------------------------------------------------------------------------- short runs
+
+
+@pytest.fixture(scope="session")
+def short_run():
+    """Settings, of any config, of a run on the CPU that leaves nothing but its log."""
+    return {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def fast_collection():
+    """Trainer collects garbage at each start; what is imported already need not be looked at every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def at_step():
+    """`at_step(step, act)`: a callback that calls `act(args, model)` when a step has ended."""
+    from transformers import TrainerCallback
+
+    class At(TrainerCallback):
+        def __init__(self, step, act):
+            self.step, self.act = step, act
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == self.step:
+                self.act(args, model)
+
+    return At
+
+
+@pytest.fixture(scope="session")
+def gradient_tape():
+    """A callback class; its `steps` are the gradients of every parameter before each optimizer step."""
+    from transformers import TrainerCallback
+
+    class GradientTape(TrainerCallback):
+        def __init__(self):
+            self.steps = []
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    return GradientTape
+
+
+class CompletionScript:
+    """Completions of 1 to 6 tokens, from the call's number: about half end in EOS, the rest are cut."""
+
+    def __init__(self, eos, first=4):
+        """`first`: the first of the 300 tokens that is not a special one."""
+        self.eos, self.first, self.calls = eos, first, 0
+
+    def __call__(self, prompt_ids):
+        rng = random.Random(self.calls)
+        self.calls += 1
+        completions = []
+        for _ in prompt_ids:
+            ids = [rng.randrange(self.first, 290) for _ in range(rng.randint(1, 6))]
+            completions.append([*ids[:-1], self.eos] if rng.random() < 0.5 else ids)
+        return completions
+
+
+@pytest.fixture(scope="session")
+def completion_script():
+    """The class `CompletionScript`."""
+    return CompletionScript
 
 
 # ------------------------------------------------------------------------------------------- runs with planted faults
@@ -330,18 +412,6 @@ class SumsLab:
         if save_to is not None:
             torch.save(trainer.model.state_dict(), save_to)
         return WatchedRun(trainer.args.output_dir, trainer.args) if trainer.args.diagnose else trainer
-
-    @staticmethod
-    def at_step(step, act):
-        """A callback that calls `act(model)` when a step has ended."""
-        from transformers import TrainerCallback
-
-        class At(TrainerCallback):
-            def on_step_end(self, args, state, control, model=None, **kwargs):
-                if state.global_step == step:
-                    act(model)
-
-        return At()
 
     @staticmethod
     def schedule(model, learning_rate, factor):

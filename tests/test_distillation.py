@@ -1,6 +1,5 @@
 """DistillationTrainer end to end on tiny models: on- and off-policy, teachers, vocabularies, resuming, live changes."""
 
-import gc
 import inspect
 import json
 import random
@@ -11,41 +10,28 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import TrainerCallback
 
 from outspoken.trainers.config import live_fields
 from outspoken.trainers.distillation import DistillationConfig, DistillationTrainer
 from outspoken.trainers.losses.distillation import label_divergence
 from outspoken.trainers.rollouts.batch import Sampled, sampled_from_ids
 
+pytestmark = pytest.mark.usefixtures("fast_collection")
+
 PROMPTS = ["The sky", "What is 2 + 2?", "green grass", "the quick brown fox", "It is", "dog", "What", "lazy dog"]
 ANSWERS = [" is blue.", " It is 4.", " and the sky", "", " 7", " jumps over the lazy dog", " color?", "."]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_collection():
-    """Trainer collects garbage at each start; what pytest has imported need not be looked at every time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, short_run):
     def build(**settings):
         defaults = {
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
+            **short_run,
             "learning_rate": 1e-3,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
             "max_completion_length": 5,
             "max_steps": 2,
-            "disable_tqdm": True,
             "diagnose": False,
         }
         return DistillationConfig(str(tmp_path / "run"), **{**defaults, **settings})
@@ -77,27 +63,6 @@ def trainer(config, tiny_tokenizer_factory, tiny_model_factory):
         )
 
     return build
-
-
-class At(TrainerCallback):
-    """Calls `act(args)` after a given step."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.act(args)
-
-
-class Tape(TrainerCallback):
-    """Gradients of every parameter before each optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
 def scripted(run):
@@ -203,10 +168,10 @@ def test_metrics_of_a_step(trainer):
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(4, 2), (2, 4), (1, 8)])
-def test_accumulation_is_one_big_batch(trainer, size, accumulation):
+def test_accumulation_is_one_big_batch(trainer, size, accumulation, gradient_tape):
     tapes = []
     for batch_size, steps in ((8, 1), (size, accumulation)):
-        tape = Tape()
+        tape = gradient_tape()
         run = scripted(
             trainer(
                 per_device_train_batch_size=batch_size, gradient_accumulation_steps=steps, beta=0.5, callbacks=[tape],
@@ -662,11 +627,11 @@ def test_a_resumed_run_is_the_run(trainer):
     assert {*logged(whole, "distillation/on_policy")} == {0.0, 1.0}
 
 
-def test_live_changes(trainer):
-    def change(args):
+def test_live_changes(trainer, at_step):
+    def change(args, model):
         args.beta, args.temperature, args.max_completion_length = 0.0, 2.0, 3
 
-    run = trainer(max_steps=2, max_completion_length=8, learning_rate=0.0, callbacks=[At(1, change)])
+    run = trainer(max_steps=2, max_completion_length=8, learning_rate=0.0, callbacks=[at_step(1, change)])
     caps = []
     generate = run.rollouts.generate
 
@@ -683,13 +648,15 @@ def test_live_changes(trainer):
     assert second["loss"] != pytest.approx(second["distillation/reverse_kl"], rel=1e-3)
 
 
-def test_live_change_of_the_mix(trainer):
-    run = trainer(max_steps=3, callbacks=[At(1, lambda args: setattr(args, "lmbda", 0.0))])
+def test_live_change_of_the_mix(trainer, at_step):
+    run = trainer(max_steps=3, callbacks=[at_step(1, lambda args, _: setattr(args, "lmbda", 0.0))])
     run.train()
     assert logged(run, "distillation/on_policy") == [1.0, 0.0, 0.0]
 
     without = trainer(
-        max_steps=2, train_dataset=dataset(answers=None), callbacks=[At(1, lambda args: setattr(args, "lmbda", 0.0))]
+        max_steps=2,
+        train_dataset=dataset(answers=None),
+        callbacks=[at_step(1, lambda args, _: setattr(args, "lmbda", 0.0))],
     )
     without.train()
     assert len(logged(without, "completions/mean_length")) == 2  # there is nothing else to train on

@@ -4,17 +4,16 @@ Both trainers get their completions from the same script instead of a model, so 
 compared: batches, divergence, loss, gradients of every parameter, metrics.
 """
 
-import gc
-import random
-
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
 
 from outspoken.trainers.distillation import DistillationConfig, DistillationTrainer
 from outspoken.trainers.rollouts.batch import sampled_from_ids
+
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("fast_collection")
 
 # Not comparable: wall-clock times.
 TIMED = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
@@ -22,47 +21,9 @@ TIMED = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_
 PROMPTS = ["The sky", "What is 2 + 2?", "green grass", "the quick brown fox", "It is", "dog", "What", "lazy dog"]
 
 
-class Script:
-    """Completions of 1 to 6 tokens, from the call's number: about half end in EOS, the rest are cut."""
-
-    def __init__(self, eos):
-        self.eos, self.calls = eos, 0
-
-    def __call__(self, prompt_ids):
-        rng = random.Random(self.calls)
-        self.calls += 1
-        completions = []
-        for _ in prompt_ids:
-            ids = [rng.randrange(4, 290) for _ in range(rng.randint(1, 6))]
-            completions.append([*ids[:-1], self.eos] if rng.random() < 0.5 else ids)
-        return completions
-
-
-class GradientTape(TrainerCallback):
-    """Gradients of every parameter before each optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_collection():
-    """Trainer collects garbage at each start; what pytest and TRL have imported need not be looked at every time."""
-    import trl  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
-def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
+def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, short_run, gradient_tape, completion_script):
     """`compare(student=..., teacher=..., peft=..., evaluate=..., **settings)` trains with both and compares."""
-    import trl
 
     class ScriptedTRL(trl.DistillationTrainer):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -79,12 +40,7 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
         args = config_class(
             str(tmp_path / name),
             **{
-                "use_cpu": True,
-                "bf16": False,
-                "report_to": "none",
-                "save_strategy": "no",
-                "logging_steps": 1,
-                "gradient_checkpointing": False,
+                **short_run,
                 "max_grad_norm": 0.0,
                 "optim": "sgd",  # Adam makes much of gradients that are only rounding
                 "learning_rate": 0.05,
@@ -92,12 +48,11 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
                 "per_device_eval_batch_size": 2,
                 "max_completion_length": 6,
                 "max_steps": 2,
-                "disable_tqdm": True,
                 **settings,
                 **({"diagnose": False} if name == "outspoken" else {}),
             },
         )
-        tape = GradientTape()
+        tape = gradient_tape()
         dataset = Dataset.from_dict({"prompt": prompts, "label": list(range(len(prompts)))})
         trainer = trainer_class(
             model=student(),
@@ -109,7 +64,7 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
             callbacks=[tape],
             peft_config=peft() if peft else None,
         )
-        trainer.script = Script(trainer.processing_class.eos_token_id)
+        trainer.script = completion_script(trainer.processing_class.eos_token_id)
         trainer.train()
         if evaluate:
             trainer.evaluate()
@@ -183,8 +138,6 @@ def test_order_of_prompts_over_epochs(compare):
 def test_defaults():
     """Every setting that TRL has is here, with TRL's default."""
     import dataclasses
-
-    import trl
 
     ours = {f.name: f for f in dataclasses.fields(DistillationConfig)}
     for theirs in dataclasses.fields(trl.DistillationConfig):

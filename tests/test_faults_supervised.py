@@ -15,7 +15,7 @@ from outspoken.diagnostics.diagnose import diagnose
 from outspoken.diagnostics.patches import check_patch
 
 
-def damage(model):
+def damage(args, model):
     """One weight becomes NaN, as a fault of the memory or an overflow leaves it."""
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
@@ -35,8 +35,8 @@ def test_healthy_run(healthy_sft):
 # ---------------------------------------------------------------------------------------------------- not finite
 
 
-def test_a_damaged_weight(sums):
-    run = sums.sft(16, options={"callbacks": [sums.at_step(10, damage)]}, max_grad_norm=5.0)
+def test_a_damaged_weight(sums, at_step):
+    run = sums.sft(16, options={"callbacks": [at_step(10, damage)]}, max_grad_norm=5.0)
     record = run.root("NUM001", planted=10, within=1, severity="error", effects=["NUM002"])
     assert "loss is nan at step 11" in record["message"] and "weights are corrupted" in record["message"]
     assert record["onset_step"] == 11
@@ -46,7 +46,7 @@ def test_a_damaged_weight(sums):
     assert run.verdict["state"] == "broken"
 
 
-def test_a_damaged_weight_behind_the_filter_of_the_log(sums, tmp_path):
+def test_a_damaged_weight_behind_the_filter_of_the_log(sums, tmp_path, at_step):
     """A `transformers.Trainer` without our callback logs a loss of 0 from the damage on; its state file is read
     afterwards, when the run is over."""
 
@@ -70,7 +70,7 @@ def test_a_damaged_weight_behind_the_filter_of_the_log(sums, tmp_path):
         args,
         train_dataset=dataset.map(tokens, remove_columns=dataset.column_names),
         data_collator=batch,
-        callbacks=[sums.at_step(12, damage)],
+        callbacks=[at_step(12, damage)],
     )
     trainer.train()
     trainer.save_state()

@@ -1,7 +1,6 @@
 """GRPOTrainer end to end on tiny models that really sample: data, generation, rewards, logging, resuming, live changes."""
 
 import copy
-import gc
 import inspect
 import itertools
 import math
@@ -23,6 +22,8 @@ from outspoken.trainers.rollouts.sampler import RepeatSampler, repeat_stream
 from outspoken.trainers.rollouts.show import print_completions
 from outspoken.trainers.rollouts.transformers_backend import cut_after_eos, eos_token_ids
 
+pytestmark = pytest.mark.usefixtures("fast_collection")
+
 PROMPTS = ["The sky", "What is 2 + 2?", "green grass", "the quick brown fox", "It is", "dog"]
 
 
@@ -34,30 +35,16 @@ def token_sum(completion_ids, **_):
     return [sum(ids) % 7 / 7 for ids in completion_ids]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_collection():
-    """Trainer collects garbage at each start; what pytest has imported need not be looked at every time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, short_run):
     def build(**settings):
         defaults = {
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
+            **short_run,
             "learning_rate": 1e-3,
             "per_device_train_batch_size": 4,
             "num_generations": 4,
             "max_completion_length": 5,
             "max_steps": 2,
-            "disable_tqdm": True,
             "diagnose": False,
         }
         return GRPOConfig(str(tmp_path / "run"), **{**defaults, **settings})
@@ -85,17 +72,6 @@ def trainer(config, tiny_tokenizer_factory, tiny_model_factory):
         )
 
     return build
-
-
-class At(TrainerCallback):
-    """Calls `act(args)` after a given step."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.act(args)
 
 
 # The public surface
@@ -627,15 +603,15 @@ def test_learned_positions_are_counted_from_the_first_token(trainer, tiny_tokeni
 # Changes while training
 
 
-def test_settings_changed_in_flight_take_effect(trainer):
-    def change(args):
+def test_settings_changed_in_flight_take_effect(trainer, at_step):
+    def change(args, model):
         args.max_completion_length = 9
         args.reward_weights = [3.0]
         args.loss_type, args.scale_rewards = "grpo", "none"
         args.temperature, args.epsilon, args.epsilon_high = 0.5, 0.1, 0.4
 
     run = trainer(
-        lambda completions, **_: [1.0] * len(completions), callbacks=[At(2, change)], max_steps=4,
+        lambda completions, **_: [1.0] * len(completions), callbacks=[at_step(2, change)], max_steps=4,
         per_device_train_batch_size=16, num_generations=16,
     )  # fmt: skip
     batches = []
@@ -650,10 +626,10 @@ def test_settings_changed_in_flight_take_effect(trainer):
     assert logs[2]["entropy"] < logs[1]["entropy"]
 
 
-def test_a_buffered_batch_is_scored_at_the_temperature_it_was_sampled_at(trainer):
+def test_a_buffered_batch_is_scored_at_the_temperature_it_was_sampled_at(trainer, at_step):
     """One generation batch for 4 steps: after step 1 the temperature changes, the buffered rows keep theirs."""
     run = trainer(
-        steps_per_generation=4, max_steps=5, callbacks=[At(1, lambda args: setattr(args, "temperature", 0.3))],
+        steps_per_generation=4, max_steps=5, callbacks=[at_step(1, lambda args, _: setattr(args, "temperature", 0.3))],
         learning_rate=0.0,
     )  # fmt: skip
     run.train()
@@ -661,16 +637,19 @@ def test_a_buffered_batch_is_scored_at_the_temperature_it_was_sampled_at(trainer
     assert region == [0.0] * 5  # the policy does not move, so a ratio off 1 could only come from the temperature
 
 
-def test_beta_can_be_switched_off_and_on_where_a_reference_is_held(trainer):
-    acts = [At(1, lambda args: setattr(args, "beta", 0.0)), At(3, lambda args: setattr(args, "beta", 0.2))]
+def test_beta_can_be_switched_off_and_on_where_a_reference_is_held(trainer, at_step):
+    acts = [
+        at_step(1, lambda args, _: setattr(args, "beta", 0.0)),
+        at_step(3, lambda args, _: setattr(args, "beta", 0.2)),
+    ]
     run = trainer(beta=0.1, callbacks=acts, max_steps=6, steps_per_generation=2)
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     assert ["kl" in entry for entry in logs] == [True, False, False, False, True, True]
 
 
-def test_beta_cannot_be_switched_on_without_a_reference(trainer):
-    run = trainer(callbacks=[At(1, lambda args: setattr(args, "beta", 0.2))])
+def test_beta_cannot_be_switched_on_without_a_reference(trainer, at_step):
+    run = trainer(callbacks=[at_step(1, lambda args, _: setattr(args, "beta", 0.2))])
     with pytest.raises(
         ValueError, match=r"beta is 0\.2, but the run started with beta=0 and holds no reference model"
     ):

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from outspoken.trainers import advantages as formulas
 from outspoken.trainers import completion_scores, group_prompts
@@ -28,24 +27,19 @@ def spread(completion_ids, **_):
 
 
 @pytest.fixture
-def build(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
+def build(tmp_path, tiny_tokenizer_factory, tiny_model_factory, short_run):
     """`build(reward_funcs, <trainer arguments>, **settings)`."""
 
     def trainer(reward_funcs=spread, model=None, callbacks=None, prompts=PROMPTS, peft_config=None, **settings):
         args = GRPOConfig(
             **{
                 "output_dir": str(tmp_path / "run"),
-                "use_cpu": True,
-                "report_to": "none",
-                "save_strategy": "no",
-                "logging_steps": 1,
-                "gradient_checkpointing": False,
+                **short_run,
                 "learning_rate": 1e-2,
                 "per_device_train_batch_size": 8,
                 "num_generations": 4,
                 "max_completion_length": 6,
                 "max_steps": 2,
-                "disable_tqdm": True,
                 "diagnose": False,
                 **settings,
             }
@@ -61,14 +55,6 @@ def build(tmp_path, tiny_tokenizer_factory, tiny_model_factory):
         )
 
     return trainer
-
-
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
 def logs_of(trainer):
@@ -308,7 +294,7 @@ def test_replay_trains_where_nothing_new_teaches(build):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"beta": 0.1}, {"loss_type": "grpo"}])
-def test_prompts_computed_once_change_nothing(build, settings, tiny_model_dir, monkeypatch):
+def test_prompts_computed_once_change_nothing(build, settings, tiny_model_dir, monkeypatch, gradient_tape):
     """Completions of one prompt share it: same losses and gradients as each in a row of its own."""
     prompts = [" ".join([prompt] * 8) for prompt in PROMPTS]
     rows = []
@@ -316,7 +302,7 @@ def test_prompts_computed_once_change_nothing(build, settings, tiny_model_dir, m
     monkeypatch.setattr(group_prompts, "plan_rows", lambda *a, **k: rows.append(plan(*a, **k)) or rows[-1])
     runs = []
     for share in (True, False):
-        tape = Gradients()
+        tape = gradient_tape()
         run = build(
             model=tiny_model_dir, callbacks=[tape], share_prompts=share, prompts=prompts, max_steps=3, **settings
         )
@@ -337,7 +323,7 @@ def test_prompts_computed_once_change_nothing(build, settings, tiny_model_dir, m
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-4)
 
 
-def test_completions_without_a_gradient_are_left_out(build, monkeypatch):
+def test_completions_without_a_gradient_are_left_out(build, monkeypatch, gradient_tape):
     """One of the two groups has no spread: the same gradients and metrics from half of the completions."""
 
     def judge(completions, **_):
@@ -346,7 +332,7 @@ def test_completions_without_a_gradient_are_left_out(build, monkeypatch):
     sizes, runs = [], []
     score = completion_scores.completion_scores
     for leave_out in (True, False):
-        tape = Gradients()
+        tape = gradient_tape()
         run = build(judge, callbacks=[tape], max_steps=3, learning_rate=0.02)
         if not leave_out:
             monkeypatch.setattr(completion_scores, "needed_rows", lambda advantages, mask: torch.arange(len(mask)))

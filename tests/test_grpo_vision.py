@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
-from transformers import TrainerCallback
 
 from outspoken import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from outspoken.trainers import completion_scores
@@ -40,54 +39,30 @@ def spread(completion_ids, **_):
     return [(sum(ids) % 17) / 4 for ids in completion_ids]
 
 
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
-class Script:
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, prompt_ids):
-        rng = random.Random(self.calls)
-        self.calls += 1
-        found = []
-        for _ in prompt_ids:
-            ids = [rng.randrange(10, 290) for _ in range(rng.randint(1, 6))]
-            found.append([*ids, END] if rng.random() < 0.5 else ids)
-        return found
-
-
-SETTINGS = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 1e-2,
-    "per_device_train_batch_size": 4,
-    "num_generations": 2,
-    "max_completion_length": 7,
-    "max_steps": 2,
-    "disable_tqdm": True,
-}
+@pytest.fixture
+def common(short_run):
+    return short_run | {
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 7,
+        "max_steps": 2,
+    }
 
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "gradient_accumulation_steps": 2}])
-def test_like_trl(tmp_path, tiny_vision_model, tiny_vision_processor, monkeypatch, several, settings):
+def test_like_trl(
+    tmp_path, tiny_vision_model, tiny_vision_processor, common, gradient_tape, completion_script, monkeypatch, several,
+    settings,
+):  # fmt: skip
     import trl
 
     monkeypatch.setattr(completion_scores, "needed_rows", lambda advantages, mask: torch.arange(len(mask)))
     tapes, logs, prompts = [], [], []
     for trainer_class, config_class in ((trl.GRPOTrainer, trl.GRPOConfig), (GRPOTrainer, GRPOConfig)):
         ours = trainer_class is GRPOTrainer
-        tape, script = Gradients(), Script()
+        tape, script = gradient_tape(), completion_script(END, first=10)
         own = {"diagnose": False, "share_prompts": False} if ours else {}
         processor = tiny_vision_processor()
         # Else TRL marks the wrong tokens of shorter prompts as parts of an image.
@@ -95,7 +70,7 @@ def test_like_trl(tmp_path, tiny_vision_model, tiny_vision_processor, monkeypatc
         trainer = trainer_class(
             tiny_vision_model(),
             spread,
-            config_class(str(tmp_path / config_class.__module__), **SETTINGS, **settings, **own),
+            config_class(str(tmp_path / config_class.__module__), **common, **settings, **own),
             rows(several),
             processing_class=processor,
             callbacks=[tape],
@@ -133,7 +108,9 @@ def test_like_trl(tmp_path, tiny_vision_model, tiny_vision_processor, monkeypatc
 
 
 @pytest.mark.parametrize("trainer_class, config_class", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
-def test_it_samples_and_trains(tmp_path, tiny_vision_model, tiny_vision_processor, trainer_class, config_class):
+def test_it_samples_and_trains(
+    tmp_path, tiny_vision_model, tiny_vision_processor, common, trainer_class, config_class
+):
     seen = []
 
     def judge(completion_ids, image, prompts, **_):
@@ -141,7 +118,7 @@ def test_it_samples_and_trains(tmp_path, tiny_vision_model, tiny_vision_processo
         seen.extend(completion_ids)
         return [float(len(ids)) for ids in completion_ids]
 
-    args = config_class(str(tmp_path / "run"), **SETTINGS, log_completions=True, num_completions_to_print=0, beta=0.1)
+    args = config_class(str(tmp_path / "run"), **common, log_completions=True, num_completions_to_print=0, beta=0.1)
     run = trainer_class(tiny_vision_model(), judge, args, rows(), processing_class=tiny_vision_processor())
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
@@ -150,9 +127,9 @@ def test_it_samples_and_trains(tmp_path, tiny_vision_model, tiny_vision_processo
     assert (tmp_path / "run" / "completions" / "completions_00002.parquet").exists()
 
 
-def test_texts_with_images_get_one_sentence(tmp_path, tiny_vision_model, tiny_vision_processor):
+def test_texts_with_images_get_one_sentence(tmp_path, tiny_vision_model, tiny_vision_processor, common):
     data = rows().map(lambda row: {"text": "hello"}).remove_columns("prompt").rename_column("text", "prompt")
-    args = GRPOConfig(str(tmp_path / "run"), **SETTINGS)
+    args = GRPOConfig(str(tmp_path / "run"), **common)
     run = GRPOTrainer(tiny_vision_model(), spread, args, data, processing_class=tiny_vision_processor())
     with pytest.raises(ValueError, match="The dataset has images, but its prompts are texts; pass prompts as lists"):
         run.train()

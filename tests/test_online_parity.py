@@ -5,18 +5,19 @@ Both trainers get their completions from the same script instead of a model, so 
 compared: rewards, advantages, batches, log-probabilities, loss, gradients of every parameter, metrics.
 """
 
-import gc
 import random
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 
 from outspoken.trainers import completion_scores
 from outspoken.trainers.grpo import GRPOConfig, GRPOTrainer
 from outspoken.trainers.rloo import RLOOConfig, RLOOTrainer
 from outspoken.trainers.rollouts.batch import sampled_from_ids
+
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.usefixtures("fast_collection")
 
 # Not comparable: wall-clock times.
 TIMED = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
@@ -45,51 +46,14 @@ def constant(completion_ids, **_):
     return [0.5 for _ in completion_ids]
 
 
-class Script:
-    """Completions of 1 to 6 tokens, from the call's number: about half end in EOS, the rest are cut."""
-
-    def __init__(self, eos):
-        self.eos, self.calls = eos, 0
-
-    def __call__(self, prompt_ids):
-        rng = random.Random(self.calls)
-        self.calls += 1
-        completions = []
-        for _ in prompt_ids:
-            ids = [rng.randrange(4, 290) for _ in range(rng.randint(1, 6))]
-            completions.append([*ids[:-1], self.eos] if rng.random() < 0.5 else ids)
-        return completions
-
-
-class GradientTape(TrainerCallback):
-    """Gradients of every parameter before each optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_collection():
-    """Trainer collects garbage at each start; what pytest and TRL have imported need not be looked at every time."""
-    import trl  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
-def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
+def compare(
+    tmp_path, tiny_tokenizer_factory, tiny_model_factory, short_run, gradient_tape, completion_script, monkeypatch
+):
     """`compare(reward_funcs, kind=..., model=..., peft=..., evaluate=..., **settings)` trains with both and compares.
 
     `adapt(trainer)` changes both trainers before they train; `own` are settings that only ours has.
     """
-    import trl
-
     # TRL puts every completion through the model; of those that we leave out, a script knows no entropy to log.
     monkeypatch.setattr(completion_scores, "needed_rows", lambda advantages, mask: torch.arange(len(mask)))
 
@@ -127,24 +91,18 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
         args = config_class(
             str(tmp_path / name),
             **{
-                "use_cpu": True,
-                "bf16": False,
-                "report_to": "none",
-                "save_strategy": "no",
-                "logging_steps": 1,
-                "gradient_checkpointing": False,
+                **short_run,
                 "max_grad_norm": 0.0,
                 "learning_rate": 1e-3,
                 "per_device_train_batch_size": 4,
                 "num_generations": 4,
                 "max_completion_length": 6,
                 "max_steps": 2,
-                "disable_tqdm": True,
                 **settings,
                 **extra,
             },
         )
-        tape = GradientTape()
+        tape = gradient_tape()
         dataset = Dataset.from_dict({"prompt": prompts, "label": list(range(len(prompts)))})
         trainer = scripted(trainer_class)(
             model=model() if callable(model) else model,
@@ -156,7 +114,7 @@ def compare(tmp_path, tiny_tokenizer_factory, tiny_model_factory, monkeypatch):
             callbacks=[tape],
             peft_config=peft() if peft else None,
         )
-        trainer.script = Script(trainer.processing_class.eos_token_id)
+        trainer.script = completion_script(trainer.processing_class.eos_token_id)
         if adapt is not None:
             adapt(trainer)
         trainer.train()
