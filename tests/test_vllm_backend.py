@@ -310,6 +310,21 @@ def test_the_trainers_generators_are_left_alone_but_for_one_draw(colocated, mode
     assert len({tuple(ids) for ids in seeded[0][1:]}) > 1  # copies of a prompt differ
 
 
+def test_a_seed_is_taken_as_it_is_given_however_large(colocated, remote, model):
+    """The caller gives each step another one; JSON, the generators and a process's own share leave it whole."""
+    drawn = []
+    for backend in (colocated(), remote):
+        for version in range(2):
+            backend.push_weights(model, version)
+            for seed in (2**62 - 1, 2**62 - 2):
+                drawn.append(backend.generate(PROMPTS, SamplingParams(6, seed=seed)).completion_ids)
+    assert drawn[0::2] == [drawn[0]] * 4 and drawn[1::2] == [drawn[1]] * 4
+    assert drawn[0] != drawn[1]
+    backend = colocated()
+    backend.accelerator = SimpleNamespace(process_index=4095, num_processes=1, device=torch.device("cpu"))
+    assert backend.generate(PROMPTS, SamplingParams(6, seed=2**62 - 1)).completion_ids not in drawn
+
+
 def test_a_weight_that_vllm_does_not_take_is_named(colocated, model, monkeypatch, caplog):
     backend = colocated()
     backend.push_weights(model, 0)

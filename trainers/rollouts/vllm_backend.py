@@ -213,10 +213,8 @@ class VLLMBackend:
         """
         if self._held is None or self._held != self._version:
             self.push_weights(self.model, self._version)
-        if params.seed is not None:
-            # Another one for each version of the weights, or every step would draw alike.
-            seed = (params.seed + 7_919 * self._version) % 2**31
-        else:
+        seed = params.seed
+        if seed is None:
             seed = int(torch.randint(2**31 - 1, (1,)))  # so that a resumed run samples what the first one would have
         if self._engine is not None:  # processes whose generators stand alike must not sample alike
             seed += 1_000_003 * (self.accelerator.process_index // self.args.vllm_tensor_parallel_size)
