@@ -5,7 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ from transformers import (
 )
 
 from outspoken.trainers.rollouts import kv_cache, packed_linear, transformers_backend
-from outspoken.trainers.rollouts.sampling import SamplingParams
+from outspoken.trainers.rollouts.sampling import SamplingParams, folded, sampling_params
 from outspoken.trainers.rollouts.transformers_backend import sample, why_not_own_sampler
 
 VOCABULARY, END, PAD = 60, 1, 0
@@ -556,6 +558,40 @@ def test_settings_may_stand_in_extra(llama, tokenizer):
     stops[1:] = [SamplingParams(max_new_tokens=9, seed=2, extra={name: "e"}) for name in ("stop", "stop_strings")]
     found = [sample(llama, prompt_ids, params, tokenizer=tokenizer) for params in stops]
     assert found[0] == found[1] == found[2]
+
+
+def test_settings_are_folded_from_whatever_they_are_called():
+    """What transformers and vLLM call the same, on top of a trainer's config or of a record."""
+    plain = SamplingParams(max_new_tokens=8, top_k=5, min_p=0.1, end_ids=(END,), seed=3)
+    cases = [
+        ({"max_tokens": 4}, {"max_new_tokens": 4}),
+        (
+            {"max_new_tokens": 4, "temperature": 0.5, "top_p": 0.9},
+            {"max_new_tokens": 4, "temperature": 0.5, "top_p": 0.9},
+        ),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": None, "min_p": None, "seed": None}, {"top_k": 0, "min_p": None, "seed": None}),
+        ({"max_new_tokens": None, "temperature": None, "eos_token_id": None, "stop_strings": None}, {}),
+        ({"eos_token_id": 0}, {"end_ids": (0,)}),
+        ({"eos_token_id": [2, 3]}, {"end_ids": (2, 3)}),
+        ({"stop": "a"}, {"stop": ("a",)}),
+        ({"stop_strings": ["a", "b"]}, {"stop": ("a", "b")}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+        ({"do_sample": True, "num_beams": None, "top_h": 0.4}, {"extra": {"num_beams": None, "top_h": 0.4}}),
+    ]
+    for extra, wanted in cases:
+        assert folded(replace(plain, extra=extra)) == replace(plain, **wanted)
+    assert folded(replace(plain, top_k=-1)) == replace(plain, top_k=0)
+
+    args = SimpleNamespace(
+        max_completion_length=8, temperature=1.0, top_p=1.0, top_k=5, min_p=0.1, repetition_penalty=1.0
+    )
+    for extra, wanted in cases:
+        args.generation_kwargs = {"seed": 3, **extra}
+        assert sampling_params(args, [END]) == replace(plain, **wanted)
+        assert args.generation_kwargs == {"seed": 3, **extra}
+    args.generation_kwargs = None
+    assert sampling_params(args, [END]) == replace(plain, seed=None)
 
 
 def test_the_trial_leaves_random_numbers_alone(tokenizer):

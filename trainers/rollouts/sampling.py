@@ -1,7 +1,7 @@
 """How to sample: what every backend is told, in one record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -35,17 +35,30 @@ class SamplingParams:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-# Fields of `generation_kwargs` that are fields of `SamplingParams`, by another name or the same.
-_NAMES = {
-    "max_new_tokens": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "seed": "seed",
-}
+# What transformers and vLLM call fields of `SamplingParams`, where it is another name.
+_OTHER_NAMES = {"max_tokens": "max_new_tokens", "stop_strings": "stop", "eos_token_id": "end_ids"}
+_OWN = {own.name for own in fields(SamplingParams)} - {"extra"}
+_MAY_BE_NONE = {"top_k", "min_p", "seed"}
+
+
+def folded(params: SamplingParams) -> SamplingParams:
+    """The settings with what `extra` says about fields of theirs in those fields, by this record's names or those of
+    transformers and vLLM. A None says nothing where the field cannot be None."""
+    own: dict[str, Any] = {"top_k": params.top_k}
+    extra = {}
+    for name, value in params.extra.items():
+        field_name = _OTHER_NAMES.get(name, name)
+        if field_name not in _OWN:
+            extra[name] = value
+        elif value is not None or field_name in _MAY_BE_NONE:
+            own[field_name] = value
+    if extra.pop("do_sample", True) is False:
+        own["temperature"] = 0.0
+    for name in own.keys() & {"stop", "end_ids"}:
+        own[name] = (own[name],) if isinstance(own[name], str | int) else tuple(own[name])
+    if own["top_k"] in (None, -1):  # vLLM says -1 for all
+        own["top_k"] = 0
+    return replace(params, **own, extra=extra)
 
 
 def sampling_params(args: Any, end_ids: Sequence[int]) -> SamplingParams:
@@ -53,28 +66,18 @@ def sampling_params(args: Any, end_ids: Sequence[int]) -> SamplingParams:
 
     Args:
         args: the config: `max_completion_length`, `temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty` and
-            `generation_kwargs`, whose `stop` or `stop_strings` are texts that end a completion.
+            `generation_kwargs`, which win over them (`folded`).
         end_ids: tokens that end a completion.
     """
-    settings: dict[str, Any] = {
-        "max_new_tokens": args.max_completion_length,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "min_p": args.min_p,
-        "repetition_penalty": args.repetition_penalty,
-        "end_ids": tuple(end_ids),
-    }
-    extra = dict(args.generation_kwargs or {})
-    stop: Any = extra.pop("stop", None) or extra.pop("stop_strings", None) or ()
-    settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "eos_token_id" in extra:
-        ids = extra.pop("eos_token_id")
-        settings["end_ids"] = (ids,) if isinstance(ids, int) else tuple(ids)
-    if extra.pop("do_sample", True) is False:
-        extra["temperature"] = 0.0
-    for name in list(extra):
-        if name in _NAMES:
-            settings[_NAMES[name]] = extra.pop(name)
-    settings["top_k"] = max(settings["top_k"] or 0, 0)  # vLLM says -1 for all
-    return SamplingParams(**settings, extra=extra)
+    return folded(
+        SamplingParams(
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            end_ids=tuple(end_ids),
+            extra=dict(args.generation_kwargs or {}),
+        )
+    )

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from outspoken.trainers.rollouts.kv_cache import (
     why_not_cached,
 )
 from outspoken.trainers.rollouts.packed_linear import packed_linears
-from outspoken.trainers.rollouts.sampling import SamplingParams
+from outspoken.trainers.rollouts.sampling import SamplingParams, folded
 from outspoken.trainers.sharding import is_sharded, unwrapped
 
 # Tokens of prompts that go through the model at a time, and how much of them may be padding.
@@ -181,18 +181,13 @@ def _settled(
     params: SamplingParams, prompt_ids: Sequence[Sequence[int]], caps: Sequence[int] | None
 ) -> SamplingParams:
     """The settings with what `extra` says about their fields, checked."""
+    params = folded(params)
     extra = {name: value for name, value in params.extra.items() if value is not None}
-    if extra.pop("do_sample", True) is False:
-        extra["temperature"] = 0.0
-    for field, name in (("stop", "stop_strings"), ("end_ids", "eos_token_id")):
-        if (given := extra.pop(name, extra.get(field))) is not None:
-            extra[field] = (given,) if isinstance(given, (str, int)) else tuple(given)
-    own = {f.name: extra.pop(f.name) for f in fields(params) if f.name in extra}
     known = vars(GenerationConfig())
     for name in extra:
         if name not in known or name.startswith("_"):
             raise ValueError(f"{name!r} is no setting of sampling with transformers; see its `GenerationConfig`.")
-    params = replace(params, **own, extra=extra)
+    params = replace(params, extra=extra)
     if extra.get("num_return_sequences", 1) != 1:
         raise ValueError(
             f"num_return_sequences is {extra['num_return_sequences']}; a prompt gets as many completions as it occurs."
