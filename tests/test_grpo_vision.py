@@ -2,6 +2,8 @@
 
 import math
 import random
+import sys
+import types
 
 import pytest
 import torch
@@ -125,6 +127,31 @@ def test_it_samples_and_trains(
     assert all(math.isfinite(entry["loss"]) for entry in logs) and len(logs) == 2
     assert not any(IMAGE in ids for ids in seen)
     assert (tmp_path / "run" / "completions" / "completions_00002.parquet").exists()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_images_stand_in_the_table_of_completions(
+    tmp_path, tiny_vision_model, tiny_vision_processor, common, monkeypatch, shown
+):
+    tables = []
+    wandb = types.SimpleNamespace(
+        run=object(),
+        Image=lambda image: image.size,
+        Table=lambda dataframe: dataframe,
+        log=lambda what: tables.append(what["completions"]),
+    )
+    args = GRPOConfig(
+        str(tmp_path / "run"), **(common | {"max_steps": 1}), log_completions=True, log_multimodal=shown,
+        num_completions_to_print=0, shuffle_dataset=False,
+    )  # fmt: skip
+    run = GRPOTrainer(tiny_vision_model(), spread, args, rows(several=True), processing_class=tiny_vision_processor())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run.args.report_to = ["wandb"]
+    run.train()
+    (table,) = tables
+    assert ("images" in table) == shown
+    if shown:  # two prompts, of one image and of two
+        assert table["images"].tolist() == [[(16, 16)]] * 2 + [[(24, 16), (16, 16)]] * 2
 
 
 def test_texts_with_images_get_one_sentence(tmp_path, tiny_vision_model, tiny_vision_processor, common):

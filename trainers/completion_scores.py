@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from outspoken.trainers.data.vision import TOKEN_TYPES
+from outspoken.trainers.data.vision import joined_images
 from outspoken.trainers.group_prompts import (
     grouped_completions,
     grouping_settings,
@@ -100,7 +100,9 @@ def _with_images(batch: RolloutBatch) -> AnswerBatch:
     labels[:, width:] = labels[:, width:].masked_fill(batch.loss_mask == 0, IGNORE_INDEX)
     columns = torch.arange(width - 1, ids.size(1) - 1, device=ids.device).expand(n, -1)
     rows = torch.arange(n, device=ids.device).unsqueeze(1).expand_as(columns)
-    inputs = {"input_ids": ids, "attention_mask": mask, **images_of(batch)}
+    assert batch.images is not None
+    of_images = joined_images(batch.images, width, behind=ids.size(1) - width)
+    inputs = {"input_ids": ids, "attention_mask": mask, **of_images}
     return AnswerBatch(inputs, labels, rows, columns, batch.loss_mask.bool())
 
 
@@ -192,26 +194,6 @@ def needed_scores(
     return CompletionScores(
         spread(scores.logps, before), spread(scores.entropy, batch.sampler_entropies), None
     ), scored
-
-
-def images_of(batch: RolloutBatch) -> dict[str, Tensor]:
-    """What the model takes of the images of a batch: one after the other; per token, behind each other in the rows."""
-    if batch.images is None:
-        return {}
-    joined = {}
-    for name in dict.fromkeys(name for row in batch.images for name in row):
-        parts = [row[name] for row in batch.images if name in row]
-        if name in TOKEN_TYPES:
-            tokens = torch.zeros_like(torch.cat([batch.prompt_ids, batch.completion_ids], dim=1))
-            width = batch.prompt_ids.size(1)
-            for row, of_row in zip(tokens, batch.images):
-                types = of_row.get(name)
-                if types is not None and len(types):
-                    row[width - len(types) : width] = types
-            joined[name] = tokens
-        else:
-            joined[name] = torch.cat(parts)
-    return joined
 
 
 def takes_position_ids(model: Any) -> bool:

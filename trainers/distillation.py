@@ -231,7 +231,8 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         if on_policy:
             measures.log_completions(self, mode, rollouts)
             measures.log_counts(self, mode, rollouts)
-            self.completions_log.add(rollouts.prompts, rollouts.completions)
+            pictures = rollouts.shown_images(self.rollouts.takes_images)
+            self.completions_log.add(rollouts.prompts, rollouts.completions, images=pictures)
             if mode == "train":
                 measures.record_completions(self, rollouts, None, None, [], 1, cap)
                 measures.record_speed(self)

@@ -279,6 +279,30 @@ def image_inputs(processed: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in processed.items() if name not in of_tokens}
 
 
+def joined_images(images: Sequence[Mapping[str, Tensor]], width: int, behind: int = 0) -> dict[str, Tensor]:
+    """What the model gets of the images of several prompts that are padded on the left.
+
+    Args:
+        images: for each prompt what `image_inputs` has of it, and its token types, if there are some, one per token.
+        width: tokens of the longest prompt.
+        behind: columns for what is written behind the prompts, which no image is part of.
+
+    Returns:
+        What belongs to images, one after the other; token types as (N, width + behind).
+    """
+    joined = {}
+    for name in dict.fromkeys(name for row in images for name in row):
+        if name in TOKEN_TYPES:
+            first = next(row[name] for row in images if name in row)
+            joined[name] = torch.zeros(len(images), width + behind, dtype=torch.long, device=first.device)
+            for types, row in zip(joined[name], images):
+                if name in row:
+                    types[width - len(row[name]) : width] = row[name]
+        else:
+            joined[name] = torch.cat([row[name] for row in images if name in row])
+    return joined
+
+
 def image_token_ids(processor: Any) -> list[int]:
     """The tokens that stand for parts of an image (or of a video) in a text."""
     found = {getattr(processor, name, None) for name in ("image_token_id", "video_token_id")}

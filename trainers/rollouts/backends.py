@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.functional import pad
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from outspoken.trainers.data.vision import TOKEN_TYPES
+from outspoken.trainers.data.vision import joined_images
 from outspoken.trainers.rollouts import transformers_backend
 from outspoken.trainers.rollouts.batch import Sampled, sampled_from_ids
 from outspoken.trainers.rollouts.sampling import SamplingParams
@@ -49,7 +48,7 @@ class TransformersBackend:
         """
         args, accelerator = self.trainer.args, self.trainer.accelerator
         params = self._with_seed_of_its_own(params)
-        inputs = None if images is None else joined_images(images, [len(ids) for ids in prompt_ids])
+        inputs = None if images is None else joined_images(images, max(map(len, prompt_ids), default=0))
         with whole_model(self.trainer) as (model, synced), accelerator.autocast():
             if args.use_transformers_continuous_batching:
                 if images is not None:
@@ -141,21 +140,3 @@ def whole_model(trainer: Any) -> Iterator[tuple[Any, bool]]:
             yield model, False
     else:
         yield model, is_sharded(model)
-
-
-def joined_images(images: list[dict[str, Tensor]], lengths: list[int]) -> dict[str, Tensor]:
-    """What a model gets of the images of several prompts: one after the other; per token, padded on the left.
-
-    Args:
-        images: per prompt, as in `RolloutBatch`.
-        lengths: tokens of each prompt.
-    """
-    longest = max(lengths, default=0)
-    joined = {}
-    for name in dict.fromkeys(name for row in images for name in row):
-        if name in TOKEN_TYPES:
-            types = [row.get(name, torch.zeros(length, dtype=torch.long)) for row, length in zip(images, lengths)]
-            joined[name] = torch.stack([pad(each, (longest - len(each), 0)) for each in types])
-        else:
-            joined[name] = torch.cat([row[name] for row in images if name in row])
-    return joined

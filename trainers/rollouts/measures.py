@@ -165,14 +165,15 @@ def log_sampler_gap(trainer: Any, mode: str, batch: RolloutBatch) -> None:
     accelerator = trainer.accelerator
     if batch.old_logps is batch.sampler_logps:
         return
-    known = batch.loss_mask.bool() & ~torch.isnan(batch.sampler_logps)
-    gap = gather_rows(accelerator, (batch.old_logps - batch.sampler_logps)[known].float())
-    if gap.numel():
-        log(trainer, mode, "sampling/sampling_logp_difference/mean", gap.abs().mean())
-        log(trainer, mode, "sampling/sampling_logp_difference/max", gap.abs().max())
-        # At tokens that the sampler drew: k1 and k3 estimate KL(sampler || trainer).
-        log(trainer, mode, "sampling/k1", -gap.mean())
-        log(trainer, mode, "sampling/k3", (gap.exp() - gap - 1).mean())
+    names = {
+        "abs_mean": "sampling/sampling_logp_difference/mean",
+        "abs_max": "sampling/sampling_logp_difference/max",
+        "k1": "sampling/k1",
+        "k3": "sampling/k3",
+    }
+    gap = _sampler_gap(accelerator, batch.old_logps, batch.sampler_logps, batch.loss_mask)
+    for name, value in gap.items():
+        log(trainer, mode, names[name], value)
     if batch.sampler_weights is not None:
         weights = batch.sampler_weights
         flat = weights.flatten() if weights.size(1) == 1 else weights[batch.loss_mask.bool()]
@@ -181,6 +182,13 @@ def log_sampler_gap(trainer: Any, mode: str, batch: RolloutBatch) -> None:
             log(trainer, mode, "sampling/importance_sampling_ratio/min", flat.min())
             log(trainer, mode, "sampling/importance_sampling_ratio/mean", flat.mean())
             log(trainer, mode, "sampling/importance_sampling_ratio/max", flat.max())
+
+
+def _sampler_gap(accelerator: Any, logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> dict[str, float]:
+    """`policy.sampler_gap` over the tokens of all processes, without their number."""
+    pairs = gather_rows(accelerator, torch.stack([logps, sampler_logps], -1)[mask.bool()].float())
+    gap = policy.sampler_gap(pairs[:, 0], pairs[:, 1], torch.ones_like(pairs[:, 0]))
+    return {name: value for name, value in gap.items() if name != "n"}
 
 
 def log_update(
@@ -248,11 +256,8 @@ def record_update(trainer: Any, batch: RolloutBatch, logps: Tensor, mask: Tensor
                 recorder.set(name, statistics[statistic])
     if batch.sampler_logps is not None and batch.old_logps is None:
         # On-policy, the training pass itself shows how far the sampler is off.
-        pairs = gather_rows(accelerator, torch.stack([logps, batch.sampler_logps], -1)[mask.bool()].float())
-        gap = policy.sampler_gap(pairs[:, 0], pairs[:, 1], torch.ones_like(pairs[:, 0]))
-        for name in ("k1", "k3", "abs_mean", "abs_max"):
-            if name in gap:
-                recorder.set(f"sampling/{name}", gap[name])
+        for name, value in _sampler_gap(accelerator, logps, batch.sampler_logps, mask).items():
+            recorder.set(f"sampling/{name}", value)
     age = gather_rows(accelerator, (trainer.state.global_step - batch.versions).float())
     recorder.set("sample/staleness_mean", float(age.mean()))
     recorder.set("sample/staleness_max", float(age.max()))

@@ -302,6 +302,7 @@ class RewardMixin(SamplingMixin):
             of_completions.tolist(),
             {name: column.tolist() for name, column in zip(self.rewards.names, per_function.T)},
             rollouts.logged,
+            rollouts.shown_images(self.rollouts.takes_images),
         )
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = gather_object(self._pending_metrics.get(name, []))

@@ -101,6 +101,13 @@ class Rollouts:
         names = [name for name in self.rows[0] if name not in RESERVED_COLUMNS] if self.rows else []
         return {**{name: [row.get(name) for row in self.rows] for name in names}, **self.extra}
 
+    def shown_images(self, takes_images: bool) -> list[list[Any]] | None:
+        """The images to show beside each completion; None where the model takes none.
+
+        What is gathered has to be there on every process, also on one whose prompts have no images.
+        """
+        return (self.pictures or [[]] * len(self)) if takes_images else None
+
     def model_tokens(self) -> list[int]:
         """How many tokens of each completion the model wrote itself."""
         return [len(ids) if mask is None else sum(mask) for ids, mask in zip(self.completion_ids, self.tool_masks)]
@@ -184,6 +191,7 @@ class RolloutWorker:
         self.trainer = trainer
         self.tokenizer = processing.tokenizer
         self.processor = processing.processor
+        self.takes_images = self.processor is not self.tokenizer
         self.end_ids = eos_token_ids(trainer.model, self.tokenizer)
         self.rollout_func = rollout_func
         self.sampled_tokens, self.sampling_seconds = 0, 0.0  # of this process, since they were last measured
@@ -215,7 +223,7 @@ class RolloutWorker:
     def params(self, greedy: bool = False) -> SamplingParams:
         """How to sample, as the trainer's config stands now; `greedy`: the likeliest token instead."""
         params = sampling_params(self.trainer.args, self.end_ids)
-        if self.processor is not self.tokenizer:
+        if self.takes_images:
             # A token that stands for a part of an image would have none behind it.
             unwritable = image_token_ids(self.processor)
             if self.trainer.args.use_vllm:
@@ -274,7 +282,7 @@ class RolloutWorker:
         if self.rollout_func is not None:
             return Prepared(rows, prompts, [], tools, None, None, environments)
         pictures = inputs = None
-        if rows and self.processor is not self.tokenizer:
+        if rows and self.takes_images:
             prompts, prompt_ids, pictures, inputs = self._tokenize_with_images(prompts, rows, tools)
         else:
             prompt_ids = self._tokenize(prompts, tools)

@@ -91,6 +91,7 @@ class CompletionsLog:
 
     def __init__(self, args: Any):
         size: int = args.generation_batch_size
+        self.wanted: bool = args.log_completions
         self._repository = getattr(args, "log_completions_hub_repo", None)
         self._scheduler: Any = None
         self.columns: dict[str, Any] = {name: deque(maxlen=size) for name in ("prompt", "completion", "advantages")}
@@ -108,7 +109,7 @@ class CompletionsLog:
         extra: Mapping[str, list] | None = None,
         images: list | None = None,
     ) -> None:
-        """Add completions. `prompts`, `completions`, `extra` and `images` are this process's, the numbers those of all.
+        """Add completions, if they are to be shown. `prompts`, `completions`, `extra` and `images` are this process's, the numbers those of all.
 
         Args:
             extra: columns that reward functions logged.
@@ -116,6 +117,8 @@ class CompletionsLog:
         Raises:
             ValueError: a reward function logged another number of values than there are completions.
         """
+        if not self.wanted:
+            return
         rows_before = len(self.columns["prompt"])
         self.columns["prompt"].extend(gather_object(prompts))
         self.columns["completion"].extend(gather_object(completions))
