@@ -137,8 +137,10 @@ def read(
     settings = {**config_of_state(raw.extra), **given}
     names = {n for o in made.observations for n in (*o.signals, *o.nonfinite)}
     guessed, reason = infer_method(names, made.observations)
-    if family.complete is not None:
-        family.complete(made.observations)
+    if family.follow is not None:
+        follow = family.follow()
+        for observation in made.observations:
+            follow(observation)
     notes = [*raw.notes, *made.notes, *_beside(path)]
     if method is None:
         notes.append(f"Taken for {guessed}: {reason}.")

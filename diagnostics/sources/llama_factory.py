@@ -4,6 +4,7 @@ from outspoken.diagnostics.sources.names import Family
 
 LLAMA_FACTORY = Family(
     "llama_factory",
+    title="LLaMA-Factory",
     signs=("current_steps", "total_steps", "percentage", "elapsed_time", "remaining_time"),
     aliases={
         "lr": "learning_rate",

@@ -4,7 +4,7 @@ Each family of trainers has one small module with its table of names. A name tha
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,30 +24,46 @@ class Derived:
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of trainers names its metrics.
+    """How one system names its metrics, and what it means by them.
 
     Attributes:
-        signs: names that only this family writes; one that ends with "/" or "_" is a prefix.
+        name: as `--format` takes it: "verl". title: as the system calls itself: "veRL".
+        signs: names that only this system writes; one that ends with "/" or "_" is a prefix.
         aliases: its name -> ours. Where several mean the same, the one named first here wins.
-        scale: its name -> factor to our unit.
+        scale: its name -> factor to our unit (0.01 for percent, -1 for the other sign).
+        meanings: its name -> which of several meanings was taken and why: one sentence, told where the name occurs.
+        not_measured: its name -> the number that it writes for "not available"; such a cell counts as empty.
+        zero_if_off: names that it writes as 0 in every row where the thing is switched off; a column of nothing but
+            zeros then counts as empty.
         steps: its names for the step, best first.
         clocks: names that count time or progress and are no metric.
         known: its own metrics that have no name in our table and need no mention.
         derived: our name -> how it follows from others.
-        complete: adds to the observations what follows from several of them.
+        method_of: the method and why, from all its names of a log; None where they do not tell.
+        follow: makes, for one pass over a run, a function that adds to each observation what follows from earlier
+            ones.
         null_is_nan: its writer turns NaN into null.
+        drops_nan: its writer leaves out what is not finite, so that a missing value may have been a NaN.
+        settings: its name of a setting, nested ones joined by ".", -> the config field it is here.
     """
 
     name: str
+    title: str = ""
     signs: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     scale: Mapping[str, float] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    not_measured: Mapping[str, float] = field(default_factory=dict)
+    zero_if_off: frozenset[str] = frozenset()
     steps: tuple[str, ...] = ()
     clocks: frozenset[str] = frozenset()
     known: tuple[str, ...] = ()
     derived: Mapping[str, Derived] = field(default_factory=dict)
-    complete: Callable[[Sequence[Observation]], None] | None = None
+    method_of: Callable[[Collection[str]], tuple[str, str] | None] | None = None
+    follow: Callable[[], Callable[[Observation], None]] | None = None
     null_is_nan: bool = False
+    drops_nan: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from outspoken.diagnostics.sources.names import Derived, Family
 
 TINKER = Family(
     "tinker",
+    title="Tinker",
     signs=(
         "env/all/",
         "optim/",

@@ -8,6 +8,7 @@ from outspoken.diagnostics.sources.names import Family
 
 TRL = Family(
     "trl",
+    title="TRL",
     signs=(
         "grad_norm",
         "learning_rate",

@@ -4,7 +4,7 @@
 `response_length/clip_ratio` counts responses as long as the cap. Its writer (orjson) turns NaN into null.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources.names import Family
@@ -12,13 +12,15 @@ from outspoken.diagnostics.sources.names import Family
 _PHASES = {"gen": "generate", "reward": "score", "testing": "eval", "save_checkpoint": "save", "step": "step"}
 
 
-def rewards_seen(observations: Sequence[Observation]) -> None:
+def rewards_seen() -> Callable[[Observation], None]:
     """The largest and smallest reward so far, and how far they lie apart.
 
     Where the smallest is not logged, the smallest mean stands in for the range: it is then a lower bound.
     """
     highest = lowest = smallest_mean = None
-    for observation in observations:
+
+    def follow(observation: Observation) -> None:
+        nonlocal highest, lowest, smallest_mean
         seen = observation.signals
         top, bottom, mean = (seen.get(f"critic/score/{what}") for what in ("max", "min", "mean"))
         mean = seen.get("reward", mean)
@@ -29,7 +31,7 @@ def rewards_seen(observations: Sequence[Observation]) -> None:
         if mean is not None:
             smallest_mean = mean if smallest_mean is None else min(smallest_mean, mean)
         if highest is None or mean is None:
-            continue
+            return
         added = {"rewards/max_seen": highest}
         if lowest is not None:
             added["rewards/min_seen"] = lowest
@@ -39,9 +41,12 @@ def rewards_seen(observations: Sequence[Observation]) -> None:
         for name, value in added.items():
             seen.setdefault(name, value)  # type: ignore[attr-defined]
 
+    return follow
+
 
 VERL = Family(
     "verl",
+    title="veRL",
     signs=("actor/", "critic/", "response_length/", "prompt_length/", "timing_s/", "rollout_corr/", "val-core/"),
     aliases={
         "critic/score/mean": "reward",
@@ -90,6 +95,6 @@ VERL = Family(
         "training/",
         "num_turns/",
     ),
-    complete=rewards_seen,
+    follow=rewards_seen,
     null_is_nan=True,
 )
