@@ -6,6 +6,10 @@ import gc
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -544,3 +548,101 @@ def tiny_vision_model():
         return model
 
     return build
+
+
+# ------------------------------------------------------------------------------------------- runs of two processes
+
+# How a model is spread -> the accelerate config that comes with the package. Accelerate itself shards over accelerators
+# only, so the workers let it take the CPU for one; what loads and moves weights for GPUs is switched off.
+SPREAD = {"ddp": "ddp_cpu", "fsdp1": "fsdp1", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
+DEEPSPEED = Path(sys.prefix) / "deepspeed"  # where `make test-all` puts it, beside the environment
+
+
+@pytest.fixture(params=SPREAD)
+def spread(request):
+    """Each way to spread a model over two processes; for some of them, parametrize it indirectly."""
+    if request.param.startswith("zero") and not (DEEPSPEED.is_dir() or find_spec("deepspeed")):
+        pytest.skip("deepspeed is not installed; `make test-all` installs it where it can")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """`launch(script, spread, folder, *arguments, seconds=900)`: the exit code of `script FOLDER *arguments`.
+
+    It is a script of this folder, run in one process (`spread` None) or two; what they print goes to FOLDER/log.txt.
+    """
+    import yaml
+
+    from outspoken.cli.env import accelerate_config
+
+    def run(script, spread, folder, *arguments, seconds=900):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTSPOKEN_LOG": "off", "TOKENIZERS_PARALLELISM": "false"}
+        launcher = []
+        if spread is not None:
+            config = yaml.safe_load(accelerate_config(SPREAD[spread]).read_text())
+            config |= {"num_processes": 2, "mixed_precision": "no"}
+            for option in ("fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states"):
+                if option in config.get("fsdp_config", {}):
+                    config["fsdp_config"][option] = False
+            file = folder / "accelerate.yaml"
+            file.write_text(yaml.safe_dump(config))
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
+            if spread.startswith("zero"):
+                environment["DS_ACCELERATOR"] = "cpu"
+                if DEEPSPEED.is_dir():
+                    environment["PYTHONPATH"] = os.pathsep.join([str(DEEPSPEED), environment.get("PYTHONPATH", "")])
+        command = [sys.executable, *launcher, str(Path(__file__).with_name(script)), str(folder), *arguments]
+        with open(folder / "log.txt", "a") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            try:
+                return process.wait(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def left_by():
+    """`left_by(folder, case)`: the folder that a case of a launched script left; fails with its error if it did not."""
+
+    def find(folder, case):
+        if not (folder / case / "result.json").exists():
+            told = "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("*/error-*.txt")))
+            pytest.fail(f"{case} left no result. {told or (folder / 'log.txt').read_text()[-3000:]}")
+        return folder / case
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def saved_weights():
+    """`saved_weights(folder)`: name -> tensor of what a model was saved in."""
+    from safetensors.torch import load_file
+
+    def load(folder):
+        found = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            found |= load_file(file)
+        assert found, f"no weights in {folder}"
+        return found
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights(saved_weights):
+    """`assert_same_weights(folder, expected_folder, tolerance, only="")`; `only`: those with this in their names."""
+    import torch
+
+    def compare(actual, expected, tolerance, only=""):
+        actual, expected = ({n: v for n, v in saved_weights(f).items() if only in n} for f in (actual, expected))
+        assert actual.keys() == expected.keys() and actual
+        for name in expected:
+            torch.testing.assert_close(
+                actual[name], expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+    return compare

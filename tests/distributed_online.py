@@ -6,21 +6,18 @@ directory; FOLDER/<case>-resumed/ the same from the checkpoint of step 3 on; a c
 """
 
 import json
-import logging
 import os
 import random
 import re
 import signal
 import sys
 import time
-import traceback
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-import torch.distributed.fsdp as fsdp
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from distributed_common import Watch, finish, run_each, settings, words
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -30,11 +27,7 @@ from outspoken.trainers.rollouts.batch import RolloutBatch, sampled_from_ids
 
 STEPS, SAVED = 6, 3
 END = 0  # the tokenizer's end token
-
-
-def words(i):
-    """Texts of different lengths, so that the processes' prompts are not alike."""
-    return " ".join(["sky", "blue", "green", "grass", "seven"][(i + j) % 5] for j in range(1 + i * 7 % 9))
+SHUFFLED = RolloutBatch.shuffled  # which `keep_order` changes
 
 
 ROWS = [{"prompt": f"What {words(i)}?", "number": i} for i in range(24)]
@@ -132,21 +125,6 @@ KILLED = {
     for name in ("went-through", "killed")
 }
 CASES = SCRIPTED | SAMPLED | LIVE | TROUBLE | KILLED
-
-
-def pretends_to_have_devices():
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-
-
-def pretend_to_have_devices():
-    """Accelerate shards models over accelerators only, though torch and DeepSpeed also do over the CPU's processes."""
-    from accelerate.state import DistributedType, PartialState
-
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
-    # What FSDP1 gathers on the CPU and is to copy to the CPU, torch has freed by then, and crashes.
-    for kind in (fsdp.FullStateDictConfig, fsdp.FullOptimStateDictConfig):
-        kind.offload_to_cpu = property(lambda self: False, lambda self, value: None)
 
 
 # -------------------------------------------------------------------------------------------------- what is sampled
@@ -247,18 +225,6 @@ def watch_completions(trainer):
 # -------------------------------------------------------------------------------------------------------- the runs
 
 
-class Watch(TrainerCallback):
-    """Whether this process wrote the run directory."""
-
-    wrote = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        observer = next(
-            c for c in self.trainer.callback_handler.callbacks if isinstance(c, outspoken.DiagnosticsCallback)
-        )
-        self.wrote = observer._writer is not None
-
-
 class Agent(TrainerCallback):
     """Asks for `CHANGE` after step 2, as a program of somebody else's would."""
 
@@ -270,8 +236,6 @@ class Agent(TrainerCallback):
 def build(case, folder, model_dir, **more):
     kind, own = CASES[case]
     own = {**own, **more}
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    batch = own.pop("batch") // world
     lora, evaluates, converses = (own.pop(name, False) for name in ("lora", "eval", "conversations"))
     rewards, callbacks = own.pop("rewards", [graded, short]), own.pop("callbacks", [])
     rows = CONVERSATIONS if converses else ROWS
@@ -282,58 +246,29 @@ def build(case, folder, model_dir, **more):
     if converses:
         tokenizer.eos_token = "<|im_end|>"
         own["shuffle_dataset"] = False
-    settings = {
-        "output_dir": str(folder),
+    given = {
+        **settings(folder, own.pop("batch")),
         "max_steps": STEPS,
-        "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": batch,
         "max_completion_length": 8,
         "learning_rate": 0.02,
-        # With a small one Adam's first steps would be the sign of gradients that are zero but for rounding.
-        "adam_epsilon": 1e-2,
-        "lr_scheduler_type": "linear",
-        "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": SAVED,
-        "report_to": [],
-        "use_cpu": not pretends_to_have_devices(),
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
         **({"eval_strategy": "steps", "eval_steps": STEPS} if evaluates else {}),
         **own,
     }
-    watch = Watch()
     trainer = getattr(outspoken, f"{kind}Trainer")(
         model=model_dir,
         reward_funcs=rewards,
-        args=getattr(outspoken, f"{kind}Config")(**settings),
+        args=getattr(outspoken, f"{kind}Config")(**given),
         train_dataset=dataset,
         eval_dataset=Dataset.from_list(rows[:4]) if evaluates else None,
         processing_class=tokenizer,
-        callbacks=[watch, *callbacks],
+        callbacks=callbacks,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if lora else None,
         **({"environment_factory": Button} if converses else {}),
     )
-    watch.trainer = trainer
+    trainer.add_callback(Watch(trainer))
     return trainer
-
-
-def finish(trainer, folder, more):
-    """Write the result, on rank 0."""
-    watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-    result = {
-        "history": trainer.state.log_history,
-        "wrote": trainer.accelerator.gather(torch.tensor([int(bool(watch.wrote))])).tolist(),
-        "world": trainer.accelerator.num_processes,
-        "kind": str(trainer.accelerator.distributed_type),
-        **more,
-    }
-    if trainer.is_world_process_zero():
-        (folder / "result.json").write_text(json.dumps(result))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
 
 
 def train(case, folder, model_dir, checkpoint=None):
@@ -347,7 +282,7 @@ def train(case, folder, model_dir, checkpoint=None):
     sharded_adapter = trainer.is_fsdp_enabled and "lora" in case and os.environ.get("FSDP_VERSION") != "2"
     if not sharded_adapter:
         trainer.save_model(str(folder / "model"))
-    finish(trainer, folder, {"seen": gather_object([seen])})
+    finish(trainer, folder, seen=gather_object([seen]))
 
 
 def train_with_an_agent(case, folder, model_dir):
@@ -377,7 +312,7 @@ def train_with_an_agent(case, folder, model_dir):
     trainer.compute_loss, trainer.rollouts.generate = loss_of, generated
     trainer.train()
     trainer.save_model(str(folder / "model"))
-    finish(trainer, folder, {"used": gather_object([used])})
+    finish(trainer, folder, used=gather_object([used]))
 
 
 def meet_trouble(case, folder, model_dir):
@@ -424,7 +359,7 @@ def meet_trouble(case, folder, model_dir):
         trainer._sample_and_score = lambda rows: more["sampled_at"].append(trainer._step) or sample(rows)
         trainer.train(resume_from_checkpoint=True)
     folder.mkdir(exist_ok=True)
-    finish(trainer, folder, more | {"seen": gather_object([seen])})
+    finish(trainer, folder, **more, seen=gather_object([seen]))
 
 
 def be_killed(case, folder, model_dir):
@@ -444,10 +379,11 @@ def be_killed(case, folder, model_dir):
         trainer.rewards.score = scored
     trainer.train(resume_from_checkpoint=resumes or None)
     trainer.save_model(str(folder / "model"))
-    finish(trainer, folder, {"seen": gather_object([seen])})
+    finish(trainer, folder, seen=gather_object([seen]))
 
 
 def run_case(case, folder, model_dir):
+    RolloutBatch.shuffled = SHUFFLED
     for cases, run in ((LIVE, train_with_an_agent), (TROUBLE, meet_trouble), (KILLED, be_killed)):
         if case in cases:
             run(case, folder / case, model_dir)
@@ -456,23 +392,6 @@ def run_case(case, folder, model_dir):
     train(case, folder / f"{case}-resumed", model_dir, str(folder / case / f"checkpoint-{SAVED}"))
 
 
-def main(folder, model_dir, cases):
-    torch.set_num_threads(1)
-    if pretends_to_have_devices():
-        pretend_to_have_devices()
-    logging.basicConfig(level=logging.WARNING)
-    shuffled = RolloutBatch.shuffled
-    for case in cases:
-        try:
-            run_case(case, Path(folder), model_dir)
-        except Exception:
-            # The other process may wait for this one; the launcher ends it. What was done before stays done.
-            out = Path(folder, case)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"error-{os.environ.get('RANK', 0)}.txt").write_text(traceback.format_exc())
-            raise
-        RolloutBatch.shuffled = shuffled
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    folder, model_dir, *cases = sys.argv[1:]
+    run_each(cases, folder, lambda case, folder: run_case(case, folder, model_dir))

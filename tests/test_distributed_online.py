@@ -6,24 +6,13 @@ process only (tests/distributed_online.py); the tests look at what was left behi
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
-
-from outspoken.cli.env import accelerate_config
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).with_name("distributed_online.py")
+WORKER = "distributed_online.py"
 SCRIPTED = (
     "grpo", "grpo-lora", "off-policy", "per-completion", "entropy", "gspo", "returns", "dynamic", "plain-prompts",
     "conversations", "stream", "rloo", "rloo-clipped",
@@ -33,77 +22,21 @@ TROUBLE = ("uneven", "one-resamples", "one-replays", "seeded", "raises", "hangs"
 # What is launched together -> its cases.
 LAUNCHES = {"same": (*SCRIPTED, *SAMPLED, "layerwise", "live"), "trouble": TROUBLE}
 STEPS, SAVED = 6, 3
-# How a model is spread -> the accelerate config that comes with the package. Accelerate itself shards over accelerators
-# only, so the worker lets it take the CPU for one; what loads and moves weights for GPUs is switched off.
-SPREAD = {"ddp": "ddp_cpu", "fsdp1": "fsdp1", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
-DEEPSPEED = Path(sys.prefix) / "deepspeed"  # where `make test-all` puts it, beside the environment
 TIMES = ("runtime", "per_second", "total_flos", "step_time", "latency", "seconds")
 
 
-def launch(spread, folder, model_dir, cases, seconds=900):
-    """Run the cases in one process (`spread` None) or two; the exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTSPOKEN_LOG": "off", "TOKENIZERS_PARALLELISM": "false"}
-    arguments = [str(WORKER), str(folder), model_dir, *cases]
-    if spread is None:
-        command = [sys.executable, *arguments]
-    else:
-        config = yaml.safe_load(accelerate_config(SPREAD[spread]).read_text())
-        config |= {"num_processes": 2, "mixed_precision": "no"}
-        for option in ("fsdp_cpu_ram_efficient_loading", "fsdp_sync_module_states"):
-            if option in config.get("fsdp_config", {}):
-                config["fsdp_config"][option] = False
-        file = folder / "accelerate.yaml"
-        file.write_text(yaml.safe_dump(config))
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0"]
-        command = [sys.executable, *launcher, *arguments]
-        if spread.startswith("zero"):
-            environment["DS_ACCELERATOR"] = "cpu"
-            if DEEPSPEED.is_dir():
-                environment["PYTHONPATH"] = os.pathsep.join([str(DEEPSPEED), environment.get("PYTHONPATH", "")])
-    with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            return process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-
-
-def result_of(folder, case):
-    found = folder / case
-    if not (found / "result.json").exists():
-        told = "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("*/error-*.txt")))
-        pytest.fail(f"{case} left no result. {told or (folder / 'log.txt').read_text()[-3000:]}")
-    return found
-
-
 @pytest.fixture(scope="session")
-def ran(once, tiny_model_dir):
+def ran(once, launch, left_by, tiny_model_dir):
     """`ran(spread, case)`: the folder that a case left."""
 
     def find(spread, case):
         kind = "trouble" if case in TROUBLE else "same"
-        folder = once(f"online-{kind}-{spread}", lambda folder: launch(spread, folder, tiny_model_dir, LAUNCHES[kind]))
-        return result_of(folder, case)
+        folder = once(
+            f"online-{kind}-{spread}", lambda folder: launch(WORKER, spread, folder, tiny_model_dir, *LAUNCHES[kind])
+        )
+        return left_by(folder, case)
 
     return find
-
-
-def skip_without_deepspeed(spread):
-    if spread.startswith("zero") and not (DEEPSPEED.is_dir() or find_spec("deepspeed")):
-        pytest.skip("deepspeed is not installed; `make test-all` installs it where it can")
-
-
-@pytest.fixture(params=SPREAD)
-def spread(request):
-    skip_without_deepspeed(request.param)
-    return request.param
-
-
-@pytest.fixture(params=["ddp", "fsdp2", "zero3"])
-def some_spread(request):
-    skip_without_deepspeed(request.param)
-    return request.param
 
 
 def result(folder):
@@ -122,23 +55,6 @@ def trained(folder):
 def signals(folder):
     lines = (folder / "outspoken" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def weights(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    assert found, f"no weights in {folder}"
-    return found
-
-
-def assert_same_weights(actual, expected, tolerance):
-    actual, expected = weights(actual), weights(expected)
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(
-            actual[name], expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def assert_same_numbers(found, expected, tolerance, where, skip=lambda name: False):
@@ -164,7 +80,7 @@ def of_other_completions(case, name):
 
 @pytest.mark.parametrize("case", SCRIPTED)
 class TestTwoProcesses:
-    def test_are_like_one(self, ran, spread, case):
+    def test_are_like_one(self, ran, spread, case, saved_weights, assert_same_weights):
         """Same losses, same metrics (so those of both processes were gathered), same weights at the end."""
         one, two = ran(None, case), ran(spread, case)
         kind = {"ddp": "MULTI_CPU", "fsdp": "FSDP", "zero": "DEEPSPEED"}[spread.rstrip("123")]
@@ -178,7 +94,7 @@ class TestTwoProcesses:
         assert any("eval_reward" in row for row in found) == (case == "grpo")
         skip_saved_adapters(spread, case)
         assert_same_weights(two / "model", one / "model", 1e-5)
-        last, before = weights(one / "model"), weights(one / f"checkpoint-{SAVED}")
+        last, before = saved_weights(one / "model"), saved_weights(one / f"checkpoint-{SAVED}")
         assert max(float((last[name] - before[name]).abs().max()) for name in last) > 1e-3
 
     def test_one_of_them_writes(self, ran, spread, case):
@@ -200,7 +116,7 @@ class TestTwoProcesses:
                     continue
                 assert found["signals"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), (expected["step"], name)
 
-    def test_resumed_from_a_checkpoint_ends_the_same(self, ran, spread, case):
+    def test_resumed_from_a_checkpoint_ends_the_same(self, ran, spread, case, assert_same_weights):
         skip_saved_adapters(spread, case)
         through, resumed = ran(spread, case), ran(spread, f"{case}-resumed")
         assert_same_weights(resumed / "model", through / "model", 1e-7)
@@ -237,13 +153,13 @@ class TestSampling:
     def test_however_the_model_is_spread_the_same_is_sampled(self, ran, spread, case):
         assert result(ran(spread, case))["seen"] == result(ran("ddp", case))["seen"]
 
-    def test_layer_by_layer(self, ran, spread):
+    def test_layer_by_layer(self, ran, spread, assert_same_weights):
         one, other = ran(spread, "sampled"), ran(spread, "layerwise")
         assert result(one)["seen"] == result(other)["seen"]
         assert_same_weights(other / "model", one / "model", 1e-6)
 
     @pytest.mark.parametrize("case", (*SAMPLED, "layerwise"))
-    def test_resumed_from_a_checkpoint_samples_the_same(self, ran, spread, case):
+    def test_resumed_from_a_checkpoint_samples_the_same(self, ran, spread, case, assert_same_weights):
         through, resumed = ran(spread, case), ran(spread, f"{case}-resumed")
         for before, after in zip(result(through)["seen"], result(resumed)["seen"], strict=True):
             assert after == [row for row in before if row[0] >= SAVED] and after
@@ -278,7 +194,7 @@ class TestAnAgentsChange:
         applied = next(line for line in lines if line["state"] == "applied")
         assert applied["step"] == 2 and applied["fields"].keys() == {*AFTER, "learning_rate"}
 
-    def test_has_the_same_effect_as_in_one_process(self, ran, spread):
+    def test_has_the_same_effect_as_in_one_process(self, ran, spread, assert_same_weights):
         one, two = ran(None, "live"), ran(spread, "live")
         for entry, other in zip(trained(one), trained(two), strict=True):
             assert_same_numbers(other, entry, 5e-5, entry["step"])
@@ -292,9 +208,10 @@ class TestAnAgentsChange:
 # -------------------------------------------------------------------------------------------- what one process meets
 
 
+@pytest.mark.parametrize("spread", ["ddp", "fsdp2", "zero3"], indirect=True)
 class TestOneProcessAlone:
-    def test_ends_its_completions_earlier(self, ran, some_spread):
-        folder = ran(some_spread, "uneven")
+    def test_ends_its_completions_earlier(self, ran, spread):
+        folder = ran(spread, "uneven")
         lengths = [{len(ids) for _, _, ids in process} for process in result(folder)["seen"]]
         assert max(lengths[0]) == 16 and max(lengths[1]) == 2
         rows = trained(folder)
@@ -303,9 +220,9 @@ class TestOneProcessAlone:
         gaps = [line["signals"]["sampling/abs_max"] for line in signals(folder) if "loss" in line["signals"]]
         assert len(gaps) == STEPS and max(gaps) < 1e-4
 
-    def test_samples_groups_anew(self, ran, some_spread):
+    def test_samples_groups_anew(self, ran, spread):
         """Its one group is all alike at every other call of its reward function."""
-        folder = ran(some_spread, "one-resamples")
+        folder = ran(spread, "one-resamples")
         rows = trained(folder)
         assert len(rows) == STEPS
         assert rows[0]["dynamic_sampling/rounds"] == 0
@@ -316,16 +233,16 @@ class TestOneProcessAlone:
         counts = [len(process) for process in result(folder)["seen"]]
         assert counts == [4 * STEPS, 4 * STEPS + 4 * (STEPS - 1)]
 
-    def test_replays_a_group(self, ran, some_spread):
-        rows = trained(ran(some_spread, "one-replays"))
+    def test_replays_a_group(self, ran, spread):
+        rows = trained(ran(spread, "one-replays"))
         # The second process keeps its informative group of steps 1, 3, 5 and has it at steps 2, 4, 6; the first keeps all.
         assert [row["replay/replaced_groups"] for row in rows] == [0, 1, 0, 1, 0, 1]
         assert [row["replay/buffered_groups"] for row in rows] == [2, 2, 4, 4, 5, 4]
         assert [row["frac_reward_zero_std"] for row in rows] == [0, 0.5] * 3
 
-    def test_has_a_seed_of_its_own(self, ran, some_spread):
+    def test_has_a_seed_of_its_own(self, ran, spread):
         """Completions of one group on both, sampled with generation_kwargs={"seed": 7}, and at each step others."""
-        folder = ran(some_spread, "seeded")
+        folder = ran(spread, "seeded")
         first, second = result(folder)["seen"]
         assert {(step, prompt) for step, prompt, _ in first} == {(step, prompt) for step, prompt, _ in second}
         drawn = [tuple(ids[:3]) for _, _, ids in first + second if len(ids) > 2]
@@ -339,9 +256,9 @@ class TestOneProcessAlone:
             ("hangs", "Reward function 'judge' did not return within reward_timeout=1 seconds"),
         ],
     )
-    def test_has_a_reward_function_that_fails(self, ran, some_spread, case, error):
+    def test_has_a_reward_function_that_fails(self, ran, spread, case, error):
         """Both stop, and leave the last finished step behind, from which the run goes on."""
-        folder = ran(some_spread, case)
+        folder = ran(spread, case)
         told = result(folder)
         assert told["told"][0].startswith(
             "RuntimeError: Process 1 failed, so this one stops too. There: RuntimeError: "
@@ -358,27 +275,27 @@ class TestOneProcessAlone:
         assert [row["step"] for row in trained(folder)] == [1, 2, 3, 4, 5, 6]
         assert all(row["grad_norm"] > 0 for row in trained(folder))
 
-    def test_fails_while_the_other_is_in_a_conversation(self, ran, some_spread):
-        told = result(ran(some_spread, "turn-fails"))
+    def test_fails_while_the_other_is_in_a_conversation(self, ran, spread):
+        told = result(ran(spread, "turn-fails"))
         assert told["told"][1] == "RuntimeError: The line went dead"
         assert told["told"][0].endswith("There: RuntimeError: The line went dead")
         assert told["seconds"] < 60
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_killed_and_resumed(tmp_path, tiny_model_dir, how):
+def test_killed_and_resumed(tmp_path, tiny_model_dir, how, launch, left_by, assert_same_weights):
     """One process is killed with SIGKILL while it samples for step 5; resumed, the run is what it would have been."""
-    code = launch(how, tmp_path, tiny_model_dir, ["went-through", "killed"], seconds=300)
+    code = launch(WORKER, how, tmp_path, tiny_model_dir, "went-through", "killed", seconds=300)
     assert code != 0 and not (tmp_path / "killed" / "result.json").exists()
-    assert launch(how, tmp_path, tiny_model_dir, ["killed"], seconds=300) == 0
-    through, killed = result_of(tmp_path, "went-through"), result_of(tmp_path, "killed")
+    assert launch(WORKER, how, tmp_path, tiny_model_dir, "killed", seconds=300) == 0
+    through, killed = left_by(tmp_path, "went-through"), left_by(tmp_path, "killed")
     for before, after in zip(result(through)["seen"], result(killed)["seen"], strict=True):
         assert after == [row for row in before if row[0] >= 4] and after
     assert trained(killed) == trained(through)
     assert_same_weights(killed / "model", through / "model", 0)
 
 
-def test_resumed_by_another_number_of_processes(tmp_path, tiny_model_dir):
+def test_resumed_by_another_number_of_processes(tmp_path, tiny_model_dir, launch, left_by):
     """What is left of a generation batch is of two processes; one samples it anew and goes on, and two after it."""
 
     def drop_after(step):
@@ -389,12 +306,12 @@ def test_resumed_by_another_number_of_processes(tmp_path, tiny_model_dir):
         (run / "result.json").unlink(missing_ok=True)
 
     run = tmp_path / "killed"
-    assert launch("ddp", tmp_path, tiny_model_dir, ["went-through"], seconds=300) == 0
+    assert launch(WORKER, "ddp", tmp_path, tiny_model_dir, "went-through", seconds=300) == 0
     shutil.copytree(tmp_path / "went-through", run)
     for step, how, told in ((3, None, "is of 2 process(es) (there are 1 now)"), (5, "ddp", "is of 1 process(es)")):
         drop_after(step)
-        assert launch(how, tmp_path, tiny_model_dir, ["killed"], seconds=300) == 0
+        assert launch(WORKER, how, tmp_path, tiny_model_dir, "killed", seconds=300) == 0
         assert [row["step"] for row in trained(run)] == [1, 2, 3, 4, 5, 6]
-        sampled_at = {row[0] for process in result(result_of(tmp_path, "killed"))["seen"] for row in process}
+        sampled_at = {row[0] for process in result(left_by(tmp_path, "killed"))["seen"] for row in process}
         assert min(sampled_at) == step  # at once
         assert told in (tmp_path / "log.txt").read_text()

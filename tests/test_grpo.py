@@ -484,6 +484,7 @@ def test_evaluation_while_training(trainer):
     assert {*groups} == {(True, 4), (False, 2)}
     evaluations = [entry for entry in run.state.log_history if "eval_one_loss" in entry]
     assert len(evaluations) == 2 and "eval_reward" in evaluations[0]
+    assert evaluations[0]["eval_one_reward"] == evaluations[0]["eval_reward"]
     trained = [entry for entry in run.state.log_history if "loss" in entry]
     assert trained[-1]["num_tokens"] > trained[0]["num_tokens"]
     assert "step_time" in trained[0]

@@ -571,7 +571,11 @@ def model():
 
 def score(model, rank):
     ids = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(rank))
-    return label_scores(model, {"input_ids": ids}, ids)[0].logps.sum()
+    labels, settings = ids.clone(), {}
+    if kind == "slices":  # five for the first process, two for the second
+        labels[:, 3:] = -100 if rank == 1 else ids[:, 3:]
+        settings = {"max_slice_logits": 3 * 64}
+    return label_scores(model, {"input_ids": ids}, labels, **settings)[0].logps.sum()
 
 whole = model()
 for process in range(2):
@@ -586,7 +590,7 @@ if kind == "tail":  # as Accelerate does
         fully_shard(decoder.embed_tokens, mesh=mesh)
     tail = [decoder.norm, *([decoder.embed_tokens] if tied else []), sharded.lm_head]
     fully_shard(tail, mesh=mesh, reshard_after_forward=False)
-elif kind == "head":
+elif kind in ("head", "slices"):
     fully_shard(sharded.lm_head, mesh=mesh)
 fully_shard(sharded, mesh=mesh, reshard_after_forward=True if kind == "resharded" else None)
 for _ in range(2):  # what is left gathered by a step must not disturb the next
@@ -604,7 +608,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["root untied", "root tied", "tail untied", "tail tied", "head untied",
-                                  "resharded untied", "resharded tied"])  # fmt: skip
+                                  "slices untied", "resharded untied", "resharded tied"])  # fmt: skip
 def test_fsdp2_averages_the_gradients_of_the_processes(case, tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(_SHARDED)

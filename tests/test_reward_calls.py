@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outspoken.trainers.calls import event_loop
 from outspoken.trainers.measuring import raise_together
 from outspoken.trainers.rewards import callable_name, calling, checked_rewards, is_async
 from outspoken.trainers.rewards.calling import CallPolicy, RewardCalls
@@ -864,7 +865,7 @@ def test_the_reward_matrix_is_trls(classifier, tiny_tokenizer, tmp_path):
             self.reward_funcs, self.reward_func_names = functions, rewards.names
             self.reward_processing_classes = [None, None, None, tiny_tokenizer]
             self.chat_template_kwargs, self.environments = {}, None
-            self.state, self.async_loop = SimpleNamespace(global_step=1), calling._event_loop()
+            self.state, self.async_loop = SimpleNamespace(global_step=1), event_loop()
 
     rows = [{"prompt": "p"}] * 3
     theirs = Theirs()._calculate_rewards(rows, ["p"] * 3, texts, [[1]] * 3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import outspoken
-from outspoken.trainers.rollouts import calls as bounded
+from outspoken.trainers import calls as bounded
 from outspoken.trainers.rollouts import tools as rollout_tools
 from outspoken.trainers.rollouts.batch import Sampled
 from outspoken.trainers.rollouts.sampling import SamplingParams

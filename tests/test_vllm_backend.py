@@ -787,3 +787,22 @@ def test_two_processes_with_uneven_prompts_share_a_server_and_its_errors(server,
     for rank in (first, second):
         assert rank["errors"][0].startswith("ValueError: vLLM's SamplingParams has no field top_q")
         assert rank["errors"][1].startswith(f"ConnectionError: No vLLM server answered at {server.url} within")
+        assert rank["together"] == [True, True]  # so the trainer leaves a checkpoint behind
+
+
+@pytest.mark.slow
+def test_two_colocated_processes_stop_together_where_one_fails(tiny_model_dir, tmp_path):
+    first, second = results(
+        two_processes("colocate", "1", tiny_model_dir, tmp_path, PYTHONPATH=str(FAKE)),
+        tmp_path,
+    )
+    for rank in (first, second):
+        assert rank["differing"] == [] and rank["checksum"] == first["checksum"]
+        assert rank["greedy"][0] == rank["greedy"][1]
+        assert rank["together"] is True
+    drawn = [tuple(ids) for ids in first["random"] + second["random"]]
+    assert len(set(drawn)) == 8  # the same prompt in both processes is not answered alike
+    assert first["error"].startswith("ValueError: vLLM's SamplingParams has no field top_q")
+    assert second["error"].startswith(
+        "RuntimeError: Process 0 failed, so this one stops too. There: ValueError: vLLM's SamplingParams"
+    )

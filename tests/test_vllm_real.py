@@ -440,12 +440,13 @@ def test_colocated_in_two_processes_with_and_without_tensor_parallelism(size, fo
     for rank in (first, second):
         assert rank["compared"] == 15 and rank["differing"] == [] and rank["checksum"] == first["checksum"]
         assert rank["greedy"][0] == rank["greedy"][1]
+        assert rank["together"] is True
     drawn = [tuple(ids) for ids in first["random"] + second["random"]]
     assert len(set(drawn)) == 8  # the same prompt in both processes is not answered alike
     assert "SamplingParams has no field top_q" in first["error"]
     if size == 1:
         assert second["error"].startswith(
-            "RuntimeError: Sampling with vLLM failed in process 0: vLLM's SamplingParams"
+            "RuntimeError: Process 0 failed, so this one stops too. There: ValueError: vLLM's SamplingParams"
         )
 
 

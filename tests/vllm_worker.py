@@ -20,6 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from outspoken.trainers.measuring import is_raised_together
 from outspoken.trainers.rollouts.sampling import SamplingParams
 from outspoken.trainers.rollouts.vllm_backend import VLLMBackend
 from outspoken.trainers.rollouts.vllm_weights import Checksum, trained_weights
@@ -138,11 +139,11 @@ def colocate(size, folder, accelerator):
         for p in prompts
     ]
     random = backend.generate([[5, 6]] * 4, SamplingParams(8)).completion_ids
-    error = None
+    error, together = None, None
     try:
         backend.generate(prompts, SamplingParams(6, extra={"top_q": 1} if accelerator.is_main_process else {}))
     except Exception as problem:
-        error = f"{type(problem).__name__}: {problem}"
+        error, together = f"{type(problem).__name__}: {problem}", is_raised_together(problem)
     return {
         "compared": report.compared,
         "differing": report.differing,
@@ -150,6 +151,7 @@ def colocate(size, folder, accelerator):
         "greedy": [sampled, wanted],
         "random": random,
         "error": error,
+        "together": together,
     }
 
 
@@ -161,7 +163,7 @@ def sample(url, folder, accelerator):
     prompts = [[[5, 6], [7, 8, 9], [7, 8, 9]], [[7, 8, 9], [4]]][rank]
     sampled = backend.generate(prompts, SamplingParams(6, temperature=0.0), caps=[3, 6, 6] if rank == 0 else [6, 2])
     none = backend.generate([] if rank == 0 else [[5, 6]], SamplingParams(2, temperature=0.0))
-    errors = []
+    errors, together = [], []
     for settings in ({"extra": {"top_q": 1}}, {}):
         if not settings:
             Path(os.environ["STOP"]).touch()  # the test ends the server
@@ -171,12 +173,14 @@ def sample(url, folder, accelerator):
             backend.generate(prompts, SamplingParams(6, **settings))
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
+            together.append(is_raised_together(error))
     return {
         "checksum": report.checksum,
         "completions": sampled.completion_ids,
         "logps": sampled.logps,
         "few": none.completion_ids,
         "errors": errors,
+        "together": together,
     }
 
 

@@ -43,7 +43,7 @@ from outspoken.trainers.data.formats import (
 from outspoken.trainers.data.supervised import with_eos
 from outspoken.trainers.data.vision import expect_unused_parameters
 from outspoken.trainers.losses.distillation import TokenDivergence, label_divergence
-from outspoken.trainers.measuring import end_token_ids, raise_together
+from outspoken.trainers.measuring import end_token_ids, together
 from outspoken.trainers.model_card import ModelCardMixin
 from outspoken.trainers.reference import freeze_reference, prepare_reference
 from outspoken.trainers.rollouts import measures
@@ -60,7 +60,7 @@ from outspoken.trainers.rollouts.rollout import (
 )
 from outspoken.trainers.rollouts.show import CompletionsLog
 from outspoken.trainers.rollouts.tools import schemas
-from outspoken.trainers.setup import finish_setup, named_datasets, prepare_model, prepare_processing
+from outspoken.trainers.setup import datasets_by_argument, finish_setup, prepare_model, prepare_processing
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -224,10 +224,12 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         """A completion of each row: sampled from the student, or the dataset's own."""
         mode, args = self._mode, self.args
         temperature, cap = args.temperature, args.max_completion_length  # either may change while this runs
-        rows = self._together(lambda: [_with_prompt(row) for row in rows])
+        rows = together(self.accelerator, lambda: [_with_prompt(row) for row in rows])
         on_policy = self._draws_on_policy(mode)
         with self._phase("generate"):
-            rollouts = self.rollouts.sample(rows) if on_policy else self._together(lambda: self._read(rows, cap))
+            rollouts = (
+                self.rollouts.sample(rows) if on_policy else together(self.accelerator, lambda: self._read(rows, cap))
+            )
         if on_policy:
             measures.log_completions(self, mode, rollouts)
             measures.log_counts(self, mode, rollouts)
@@ -260,16 +262,6 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
         number = self._step // self.args.steps_per_generation
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + number)
         return float(torch.rand((), generator=generator, dtype=torch.float64)) < lmbda
-
-    def _together(self, prepare: Callable[[], Any]) -> Any:
-        """`prepare()`; if it fails on one process, all processes raise."""
-        found, error = None, None
-        try:
-            found = prepare()
-        except Exception as problem:
-            error = problem
-        raise_together(self.accelerator, error)
-        return found
 
     def _read(self, rows: list[dict[str, Any]], cap: int) -> Rollouts:
         """The dataset's completions as if they had been sampled, cut like samples are."""
@@ -406,10 +398,7 @@ class DistillationTrainer(SamplingMixin, ModelCardMixin, Trainer):
 def _check_datasets(train_dataset: Any, eval_dataset: Any, args: DistillationConfig) -> None:
     """Raise unless the datasets have prompts, and completions where they are trained on."""
     check_prompts(train_dataset, eval_dataset, args, environments=True)
-    datasets = {"train_dataset": train_dataset}
-    for name, dataset in named_datasets(eval_dataset, "eval").items():
-        datasets[f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset"] = dataset
-    for name, dataset in datasets.items():
+    for name, dataset in datasets_by_argument(train_dataset, eval_dataset).items():
         columns = column_names(dataset, name)
         if not {"prompt", "messages"} & {*columns}:
             raise ValueError(f"`{name}` has the columns {', '.join(columns)}, but no 'prompt'; rename or add it.")

@@ -462,11 +462,13 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         offset = self.accelerator.process_index * n
         replaced, rounds = 0, 0
         is_stream = isinstance(self.train_dataset, IterableDataset)
-        while rounds < args.dynamic_sampling_max_rounds:
+
+        def without_spread() -> list[int]:
             rewards = group_advantages.weighted_sum(per_function, weights)
-            flat = group_advantages.zero_variance_groups(rewards, group).nonzero().flatten().tolist()
-            if not flat:
-                break
+            return group_advantages.zero_variance_groups(rewards, group).nonzero().flatten().tolist()
+
+        flat = without_spread()
+        while flat and rounds < args.dynamic_sampling_max_rounds:
             rounds += 1
             replaced += len(flat)
             places = [i * group + j for i in flat for j in range(group)]
@@ -486,13 +488,11 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             rollouts.put(mine, fresh)
             per_function = per_function.clone()
             per_function[torch.tensor(places, device=per_function.device)] = scored
-        left = int(
-            group_advantages.zero_variance_groups(group_advantages.weighted_sum(per_function, weights), group).sum()
-        )
+            flat = without_spread()
         groups = len(per_function) // group
         measures.log(self, "train", "dynamic_sampling/rounds", rounds)
         measures.log(self, "train", "dynamic_sampling/replaced_groups", replaced)
-        measures.log(self, "train", "dynamic_sampling/left_share", left / groups)
+        measures.log(self, "train", "dynamic_sampling/left_share", len(flat) / groups)
         measures.log(self, "train", "dynamic_sampling/sampled_per_trained", (groups + replaced) / groups)
         return per_function
 
@@ -598,7 +598,6 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         args, mode = self.args, self._mode
         mask = batch.loss_mask
         advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages.unsqueeze(1)
-        epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
 
         # Without advantage there is no gradient, unless one of these gives one; and the share of tokens of highest entropy
         # needs the entropies of all.
@@ -620,7 +619,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         if args.top_entropy_quantile < 1.0:
             limit = measures.entropy_limit(self.accelerator, entropies, mask, args.top_entropy_quantile)
             used = policy.high_entropy_tokens(entropies, mask, args.top_entropy_quantile, limit=limit)
-        objective = self._objective(logps, log_ratio, ratio, advantages, mask, used, epsilon_high, batch)
+        objective = self._objective(logps, log_ratio, ratio, advantages, mask, used, batch)
         token_loss = objective.loss
         if used is not mask and args.loss_type != "gmpo":  # whose mean of a completion has left the other tokens out
             token_loss = token_loss * used
@@ -667,9 +666,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
                 measures.log(
                     self, mode, "entropy_coef", self.entropy_coef if args.use_adaptive_entropy else args.entropy_coef
                 )
-        if scores.aux_loss is not None:
-            loss = loss + self.aux_loss_coef * scores.aux_loss / micro_batches
-            measures.log(self, mode, "aux_loss", self.accelerator.gather_for_metrics(scores.aux_loss.detach()).mean())
+        loss = measures.with_aux_loss(self, mode, loss, scores.aux_loss, micro_batches)
 
         with torch.no_grad():
             known = scored if batch.sampler_entropies is None else torch.ones_like(scored)
@@ -686,7 +683,6 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         advantages: Tensor,
         mask: Tensor,
         used: Tensor,
-        epsilon_high: float,
         batch: RolloutBatch,
     ) -> "Objective":
         """The loss of each token (or completion) before it is averaged, and what of it is logged.
@@ -694,7 +690,7 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
         `used` is 1 on the tokens that the policy loss is to use, all those in `mask` or a share of them.
         """
         args, kind = self.args, self.args.loss_type
-        epsilon = args.epsilon
+        epsilon, epsilon_high = args.epsilon, args.upper_epsilon
         if args.covariance_control == "kl_cov":  # it holds the ratios in the place of clipping
             epsilon = epsilon_high = math.inf
         if kind == "cispo":
@@ -719,14 +715,14 @@ class GRPOTrainer(RewardMixin, ModelCardMixin, Trainer):
             return Objective(policy.reinforce(logps, advantages), {})
         if kind == "gmpo":
             loss = policy.gmpo(log_ratio, advantages, used, epsilon, epsilon_high)
-            clipped = policy.clip_fractions(log_ratio.detach(), advantages, epsilon, epsilon_high, centre=0.0)
+            clipped = measures.clip_ratios(log_ratio, advantages, epsilon, epsilon_high, centre=0.0)
         else:
             bounded = ratio if args.delta is None else ratio.clamp(max=args.delta)
-            clipped = policy.clip_fractions(bounded.detach(), advantages, epsilon, epsilon_high)
+            clipped = measures.clip_ratios(bounded, advantages, epsilon, epsilon_high)
             loss = policy.clipped_surrogate(
                 ratio, advantages, epsilon, epsilon_high, args.delta, dual_clip=args.dual_clip
             )
-        return Objective(loss, dict(zip(("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"), clipped)))
+        return Objective(loss, clipped)
 
     def _entropy_bonus(self, mode: str, entropies: Tensor, used: Tensor) -> Tensor:
         """The weighted bonus of a micro-batch; with adaptive control, the weight of the next step is set at its end."""

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -384,15 +385,30 @@ def _score_through_head(
         return _score(logits, (places,), targets, replace(how, dtype=logits.dtype))
 
     rows = hidden[index].float() if how.dtype == torch.float32 else hidden[index]
-    size = max(1, how.max_slice_logits // vocabulary)
     # Not checked for equal shapes: under ZeRO-3 a weight is there in the forward pass and may be away before the backward.
     slices = [
-        checkpoint(score, row, target, use_reentrant=False, determinism_check="none")
+        checkpoint(score, rows[cut], targets[cut], use_reentrant=False, determinism_check="none")
         if torch.is_grad_enabled()
-        else score(row, target)
-        for row, target in zip(rows.split(size), targets.split(size))
+        else score(rows[cut], targets[cut])
+        for cut in head_slices(head, rows, how.max_slice_logits // vocabulary)
     ]
     return _join(slices)
+
+
+def head_slices(head: nn.Module, rows: Tensor, size: int) -> list[slice]:
+    """Slices of at most `size` rows for a head that is called on each; at least one.
+
+    On every process as many, where the head's weights are spread over them (ZeRO-3, FSDP2) and each call gathers them:
+    then all processes must call it, and some slices may be empty.
+    """
+    cuts = _slices(len(rows), size)
+    if any(isinstance(module, FSDPModule) for module in head.modules()) or any(
+        isinstance(p, DTensor) or hasattr(p, "ds_id") for p in head.parameters()
+    ):
+        most = torch.tensor(len(cuts), device=rows.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        cuts += [slice(len(rows), len(rows))] * (int(most) - len(cuts))
+    return cuts
 
 
 def _spread(scores: _Scores, mask: Tensor) -> TokenScores:

@@ -1,7 +1,7 @@
 """What trainers measure beside the loss: sums and rows over processes, whether a row ends, how two numbers correlate."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from accelerate.utils import gather_object
 from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 # Implicit rewards of less spread than this, in nats, are the rounding of log-probabilities of some hundred nats.
 REWARD_ROUNDING = 1e-4
@@ -90,6 +92,24 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
     if error is not None:
         setattr(error, _TOGETHER, True)
         raise error
+
+
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """`work()` of this process; where it fails on one, all raise, as `raise_together` says."""
+    error = None
+    try:
+        done = work()
+    except Exception as problem:
+        error = problem
+    raise_together(accelerator, error)
+    return done
+
+
+def on_any_process(accelerator: Accelerator, here: bool) -> bool:
+    """Whether any process says so. Every process has to call it."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())
 
 
 _TOGETHER = "_outspoken_raised_together"

@@ -203,7 +203,6 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
         batch: RolloutBatch = inputs
         args, mode = self.args, self._mode
         mask, advantages = batch.loss_mask, batch.advantages.unsqueeze(1)
-        epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
 
         scores, scored = needed_scores(self, model, batch, leave_out=True)
         logps, entropies = scores.logps, scores.entropy
@@ -211,21 +210,18 @@ class RLOOTrainer(RewardMixin, ModelCardMixin, Trainer):
         # Not normalised by length: a completion is one action.
         ratio = (log_ratio * mask).sum(1, keepdim=True).exp()
         if args.loss_type == "clipped":
-            loss_of = policy.clipped_surrogate(ratio, advantages, args.epsilon, epsilon_high)
+            loss_of = policy.clipped_surrogate(ratio, advantages, args.epsilon, args.upper_epsilon)
         else:
             loss_of = policy.reinforce((logps * mask).sum(1, keepdim=True), advantages)
         # In evaluation a batch is not accumulated.
         micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1.0
         loss = loss_of.mean() / micro_batches
-        if scores.aux_loss is not None:
-            loss = loss + self.aux_loss_coef * scores.aux_loss / micro_batches
-            measures.log(self, mode, "aux_loss", self.accelerator.gather_for_metrics(scores.aux_loss.detach()).mean())
+        loss = measures.with_aux_loss(self, mode, loss, scores.aux_loss, micro_batches)
 
         with torch.no_grad():
             known = scored if batch.sampler_entropies is None else torch.ones_like(scored)
             # Of 'reinforce', which does not clip, they tell which completions are outside of the range.
-            names = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region")
-            clipped = dict(zip(names, policy.clip_fractions(ratio, advantages, args.epsilon, epsilon_high)))
+            clipped = measures.clip_ratios(ratio, advantages, args.epsilon, args.upper_epsilon)
             measures.log_update(self, mode, mask, entropies, known, None, clipped)
             if mode == "train":
                 measures.record_update(self, batch, logps.detach(), mask * scored.unsqueeze(1))

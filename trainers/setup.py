@@ -1,5 +1,6 @@
 """What a trainer does before its method begins and around it, whatever the method: arguments, model, logging."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,9 +55,8 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: Any) -> None:
     Raises:
         ValueError, TypeError: one is missing or something else.
     """
-    check_dataset_type(train_dataset, "train_dataset")
-    for name, dataset in named_datasets(eval_dataset, "eval").items():
-        check_dataset_type(dataset, f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset")
+    for argument, dataset in datasets_by_argument(train_dataset, eval_dataset).items():
+        check_dataset_type(dataset, argument)
     if getattr(args, "precompute_ref_log_probs", False):
         for name, dataset in {"train": train_dataset, **named_datasets(eval_dataset, "eval")}.items():
             if isinstance(dataset, IterableDataset):
@@ -72,6 +72,15 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, args: Any) -> None:
                 f"`max_steps` is {args.max_steps}, but a streamed `train_dataset` has no length; set `max_steps` to "
                 "the number of update steps to train for."
             )
+
+
+def datasets_by_argument(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """All datasets by what they are as arguments: `train_dataset`, and `eval_dataset` or `eval_dataset['name']`."""
+    evaluated = {
+        f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset": dataset
+        for name, dataset in named_datasets(eval_dataset, "eval").items()
+    }
+    return {"train_dataset": train_dataset, **evaluated}
 
 
 def check_dataset_type(dataset: Any, argument: str) -> None:
@@ -276,11 +285,15 @@ def set_up_router_loss(model: Any, coef: float | None) -> float:
     return weight
 
 
-def add_metrics(trainer: Any, logs: dict[str, float]) -> None:
+def add_metrics(trainer: Any, logs: dict[str, Any], *, skip_nan: bool = False) -> None:
     """Add the means of what `trainer._metrics` collected since the last log, `eval_` in front in evaluation.
 
     Of several evaluation datasets they also get their dataset's name, `eval_<name>_`, as `eval_<name>_loss` has it: so
     that `metric_for_best_model` can name one.
+
+    Args:
+        skip_nan: whether values that are no numbers count as missing; without any other the mean is None. Unset: they
+            show.
     """
     mode = "train" if trainer.model.training else "eval"
     prefixes = [""]
@@ -288,7 +301,9 @@ def add_metrics(trainer: Any, logs: dict[str, float]) -> None:
         own = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
         prefixes = [f"{prefix}_" for prefix in dict.fromkeys(("eval", own))]
     for name, values in trainer._metrics[mode].items():
-        logs.update({f"{prefix}{name}": sum(values) / len(values) for prefix in prefixes})
+        known = [value for value in values if not math.isnan(value)] if skip_nan else values
+        mean = sum(known) / len(known) if known else None
+        logs.update({f"{prefix}{name}": mean for prefix in prefixes})
     trainer._metrics[mode].clear()
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +31,7 @@ from outspoken.trainers.logprobs import (
     IGNORE_INDEX,
     MAX_SLICE_LOGITS,
     finish_logits,
+    head_slices,
     is_plain,
     logit_transform,
     run_without_head,
@@ -324,10 +324,6 @@ def _compare_through_head(
 ) -> list[Tensor]:
     """As `_compare`, by calling the student's head, whatever it is, on slices of the hidden states."""
     rows = states[tuple(index)]
-    # A head whose weight is gathered when it is called has to be called equally often on every process.
-    size = max(1, how.max_slice_logits // how.vocabulary)
-    count = _most(max(1, math.ceil(len(rows) / size)), rows.device)
-    cuts = [slice(min(i * size, len(rows)), min((i + 1) * size, len(rows))) for i in range(count)]
     autocast = withheld.autocast
 
     def compare(part: Tensor, targets: Tensor, start: int) -> list[Tensor]:
@@ -341,7 +337,7 @@ def _compare_through_head(
         return _compare(logits, (places,), targets, replace(how, dtype=logits.dtype), of_slice)
 
     found = []
-    for cut in cuts:
+    for cut in head_slices(withheld.head, rows, how.max_slice_logits // how.vocabulary):
         args = rows[cut], targets[cut], cut.start
         # Not checked for equal shapes: under ZeRO-3 a weight is there in the forward pass and may be away before the
         # backward.
@@ -350,15 +346,6 @@ def _compare_through_head(
         else:
             found.append(compare(*args))
     return [torch.cat(parts) for parts in zip(*found)]
-
-
-def _most(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return number
-    largest = torch.tensor(number, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
 
 
 class _Divergence(torch.autograd.Function):

@@ -7,13 +7,13 @@ keyword, and returns one number per completion, or None for a completion it does
 
 from typing import TYPE_CHECKING, Any
 
+from outspoken.trainers.calls import is_async
 from outspoken.trainers.rewards.calling import (
     CallPolicy,
     RewardCalls,
     RewardFunction,
     callable_name,
     checked_rewards,
-    is_async,
 )
 from outspoken.trainers.rewards.judge import HTTPJudge
 from outspoken.trainers.rewards.ready_made import (

@@ -2,13 +2,11 @@
 
 import asyncio
 import concurrent.futures
-import contextvars
 import functools
 import inspect
 import itertools
 import logging
 import math
-import threading
 import time
 import traceback
 from collections import Counter
@@ -17,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from outspoken.diagnostics.sinks import escaped
+from outspoken.trainers.calls import CallThread, CallTimeout, awaited, event_loop, is_async, replace_if_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -65,22 +64,11 @@ class WrongReturn(ValueError):
     """A reward function returned something else than a sequence of one entry per completion: no repetition helps."""
 
 
-class _TimedOut(Exception):
-    pass
-
-
 def callable_name(function: RewardFunction) -> str:
     """The name a reward function is logged under: its `__name__`, through `functools.partial`, or its class."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
-
-
-def is_async(function: RewardFunction) -> bool:
-    """Whether calling the function gives a coroutine, for functions, partials and objects with an async `__call__`."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 # ---------------------------------------------------------------------- what may be returned
@@ -234,19 +222,17 @@ class RewardCalls:
 
     Args:
         functions: by name.
-        device: what functions on other threads take for the current CUDA device.
 
     Attributes:
         failures: name -> calls or single rewards that failed for good and were left out (`on_error="none"`).
         seconds: name -> how long its last call took, repetitions included.
     """
 
-    def __init__(self, functions: dict[str, RewardFunction], device: Any = None):
+    def __init__(self, functions: dict[str, RewardFunction]):
         self.functions = functions
-        self.device = device
         self.failures: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
-        self._stuck: dict[str, list[threading.Thread]] = {name: [] for name in functions}
+        self._stuck: dict[str, list[CallThread]] = {name: [] for name in functions}
         self._told: set[tuple[str, str]] = set()
 
     def __call__(self, count: int, inputs: Mapping[str, Any], policy: CallPolicy) -> dict[str, list[float]]:
@@ -269,7 +255,7 @@ class RewardCalls:
             for name, function in self.functions.items():
                 if is_async(function):
                     call = self._call_async(name, function, count, inputs, policy)
-                    futures[name] = asyncio.run_coroutine_threadsafe(call, _event_loop())
+                    futures[name] = asyncio.run_coroutine_threadsafe(call, event_loop())
             for name, function in self.functions.items():
                 if name not in futures:
                     outcomes[name] = self._call_sync(name, function, count, inputs, policy)
@@ -319,23 +305,14 @@ class RewardCalls:
         """Run the call on a thread that can be left behind: no Python code can be stopped from outside."""
         stuck = self._stuck[name] = [thread for thread in self._stuck[name] if thread.is_alive()]
         if len(stuck) >= MAX_STUCK:
-            raise _TimedOut(f"{len(stuck)} earlier calls still hang, so it is not called again")
-        future: concurrent.futures.Future = concurrent.futures.Future()
-
-        def work() -> None:
-            try:
-                self._use_device()
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(work,), name=f"reward-{name}", daemon=True)
-        thread.start()
+            raise CallTimeout(f"{len(stuck)} earlier calls still hang, so it is not called again")
+        thread = CallThread(f"reward-{name}")
+        future = thread.submit(call)
+        thread.stop()
         concurrent.futures.wait([future], timeout)
         if not future.done():
             stuck.append(thread)
-            raise _TimedOut
+            raise CallTimeout
         return future.result()
 
     async def _call_async(
@@ -343,35 +320,21 @@ class RewardCalls:
     ) -> tuple[_Attempt, list[Any]] | Exception:
         started = time.monotonic()
         for number in range(policy.max_retries + 1):
-            failure: Exception = _TimedOut()
             if number:
                 await asyncio.sleep(_pause(number))
             attempt = _Attempt.of(inputs)
-            self._use_device()
 
             async def call(own: dict[str, Any] = attempt.inputs) -> list[Any]:
-                try:
-                    return _entries(name, await function(**own), count)
-                except (KeyboardInterrupt, SystemExit) as error:  # they would end the loop's thread
-                    raise RuntimeError(f"{type(error).__name__}: {error}") from error
+                return _entries(name, await function(**own), count)
 
-            # Not `wait_for`, which waits on for a task that does not let itself be cancelled.
-            task = asyncio.ensure_future(call())
             try:
-                await asyncio.wait({task}, timeout=policy.timeout)
-                if task.cancelled():  # by what it called, not by us
-                    failure = RuntimeError("it was cancelled")
-                elif task.done():
-                    values = task.result()
-                    self.seconds[name] = time.monotonic() - started
-                    return attempt, values
+                values = await awaited(call, {}, policy.timeout)
+                self.seconds[name] = time.monotonic() - started
+                return attempt, values
             except WrongReturn:
                 raise
             except Exception as error:
                 failure = error
-            finally:
-                task.cancel()
-                task.add_done_callback(_look_at_result)
         self.seconds[name] = time.monotonic() - started
         return failure
 
@@ -382,20 +345,13 @@ class RewardCalls:
         limit = None if policy.budget is None else started + policy.budget + LOOP_GRACE - time.monotonic()
         _, running = concurrent.futures.wait(futures.values(), limit if limit is None else max(limit, 0.0))
         if running:
-            _event_loop.cache_clear()  # the next call gets a new one
+            replace_if_blocked(event_loop())
         return {
-            name: _TimedOut("it blocks the event loop: `await` what takes long")
+            name: CallTimeout("it blocks the event loop: `await` what takes long")
             if future in running
             else future.result()
             for name, future in futures.items()
         }
-
-    def _use_device(self) -> None:
-        """The current CUDA device is a thread's own; a new thread begins with the first, which is another process's."""
-        if getattr(self.device, "type", None) == "cuda" and self.device.index is not None:
-            import torch
-
-            torch.cuda.set_device(self.device)
 
     def _pass_on(self, name: str, attempt: _Attempt, count: int, inputs: Mapping[str, Any]) -> None:
         """Hand over what the function logged. A slip in a log must not end a run."""
@@ -415,7 +371,7 @@ class RewardCalls:
     def _failed(self, name: str, error: Any, inputs: Mapping[str, Any], policy: CallPolicy) -> RuntimeError:
         """The sentence about a function that raised or did not come back, caused by what it raised."""
         tried = f", tried {policy.max_retries + 1} times" if policy.max_retries else ""
-        if isinstance(error, _TimedOut):
+        if isinstance(error, CallTimeout):
             why = f" ({error})" if str(error) else ""
             return RuntimeError(
                 f"Reward function {name!r} did not return within reward_timeout={policy.timeout:g} seconds{tried}{why}; "
@@ -447,12 +403,6 @@ def _pause(number: int) -> float:
     return min(RETRY_WAIT * 2 ** (number - 1), 8.0)
 
 
-def _look_at_result(task: asyncio.Task) -> None:
-    """Take note of how a task ended, or asyncio complains that nobody did."""
-    if not task.cancelled():
-        task.exception()
-
-
 def _completion_in(error: BaseException, completions: Sequence[Any]) -> int | None:
     """The index of the completion that a function had at hand when it raised, as far as its local variables tell."""
     index_of: dict[int, int] = {}
@@ -476,11 +426,3 @@ def _texts(value: Any) -> list[Any]:
         return [value]
     messages = value if isinstance(value, list) else [value]
     return [message.get("content") for message in messages if isinstance(message, dict)]
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """An event loop on a daemon thread: also usable where the caller's thread runs a loop already (notebooks)."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="outspoken-rewards", daemon=True).start()
-    return loop

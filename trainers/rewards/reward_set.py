@@ -73,7 +73,7 @@ class RewardSet:
         if not self.functions:
             raise ValueError("`reward_funcs` is empty; pass at least one reward function.")
         plain = {name: function for name, function in self.functions.items() if name not in self.tokenizers}
-        self.calls = RewardCalls(plain, accelerator.device)
+        self.calls = RewardCalls(plain)
         self.weights(args)  # checks their number
 
     @property

@@ -1,18 +1,17 @@
 """The policy itself as what samples for a trainer. (`vllm_backend.py` is the other one.)"""
 
 import contextlib
-import random
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from outspoken.trainers.data.vision import joined_images
+from outspoken.trainers.measuring import on_any_process
 from outspoken.trainers.rollouts import transformers_backend
 from outspoken.trainers.rollouts.batch import Sampled, sampled_from_ids
 from outspoken.trainers.rollouts.sampling import SamplingParams
@@ -23,15 +22,13 @@ class TransformersBackend:
     """Samples with the policy itself, in the process that trains it and in the precision it trains in.
 
     Args:
-        trainer: it has `args`, `accelerator`, `model`, `model_wrapped`, `state`.
+        trainer: it has `args`, `accelerator`, `model_wrapped`.
         tokenizer: of the policy.
     """
 
     def __init__(self, trainer: Any, tokenizer: Any):
         self.trainer = trainer
         self.tokenizer = tokenizer
-        self._moment: tuple[int, bool] | None = None  # step and mode of the last call with a seed
-        self._calls = 0  # how many there were before it at that moment
 
     def generate(
         self,
@@ -47,7 +44,6 @@ class TransformersBackend:
             images: what the model gets of each prompt's images; see `RolloutBatch`.
         """
         args, accelerator = self.trainer.args, self.trainer.accelerator
-        params = self._with_seed_of_its_own(params)
         inputs = None if images is None else joined_images(images, max(map(len, prompt_ids), default=0))
         with whole_model(self.trainer) as (model, synced), accelerator.autocast():
             if args.use_transformers_continuous_batching:
@@ -65,22 +61,8 @@ class TransformersBackend:
                 caps=caps,
                 cache_implementation=args.cache_implementation,
                 model_inputs=inputs and {name: value.to(accelerator.device) for name, value in inputs.items()},
-                synced=self._anyone if synced else None,
+                synced=partial(on_any_process, accelerator) if synced else None,
             )
-
-    def _with_seed_of_its_own(self, params: SamplingParams) -> SamplingParams:
-        """A seed for this call and process: the same one would draw alike at each step, and on each process."""
-        if params.seed is None:
-            return params
-        moment = self.trainer.state.global_step, self.trainer.model.training
-        self._calls = self._calls + 1 if moment == self._moment else 0
-        self._moment = moment
-        drawn = random.Random(repr((params.seed, *moment, self._calls, self.trainer.accelerator.process_index)))
-        return replace(params, seed=drawn.getrandbits(63))
-
-    def _anyone(self, here: bool) -> bool:
-        accelerator = self.trainer.accelerator
-        return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())
 
     def push_weights(self, model: Any, version: int) -> None:
         """Nothing to do: what trains is what samples."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from outspoken.trainers.measuring import is_raised_together
+from outspoken.trainers.measuring import is_raised_together, on_any_process
 from outspoken.trainers.rollouts.batch import RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,7 @@ def saved_on_failure(trainer: Any) -> Iterator[None]:
         step, folder = trainer.state.global_step, _folder(trainer, None)
         together = trainer.accelerator.num_processes == 1 or is_raised_together(error)
         if trainer._is_sampling and step > 0 and together:
-            there = torch.tensor([os.path.isdir(folder)], device=trainer.accelerator.device)
-            if not bool(trainer.accelerator.gather(there).any()):
+            if not on_any_process(trainer.accelerator, os.path.isdir(folder)):
                 trainer._save_checkpoint(trainer.model, None)
             error.add_note(f"The run is saved up to step {step} in {folder}; resume from there.")
         raise

@@ -267,6 +267,11 @@ class GroupConfig(SamplingConfig):
         return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) != 0
 
     @property
+    def upper_epsilon(self) -> float:
+        """Ratios are clipped above 1 plus this."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
     def completions_per_process(self) -> int:
         """Completions of a generation batch on one process."""
         assert self.steps_per_generation is not None

@@ -15,9 +15,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from outspoken.trainers.calls import CallThread, CallTimeout, Pending, TooManyStuckCalls, is_async, side_by_side
 from outspoken.trainers.data.formats import is_messages
-from outspoken.trainers.rewards import is_async
-from outspoken.trainers.rollouts.calls import CallThread, CallTimeout, Pending, TooManyStuckCalls, side_by_side
 from outspoken.trainers.rollouts.tools import TOOL_TIMEOUT, TOOL_WORKERS, Tool, ToolSet, tool_schema
 
 logger = logging.getLogger(__name__)

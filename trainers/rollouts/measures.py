@@ -191,6 +191,22 @@ def _sampler_gap(accelerator: Any, logps: Tensor, sampler_logps: Tensor, mask: T
     return {name: value for name, value in gap.items() if name != "n"}
 
 
+def clip_ratios(
+    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, centre: float = 1.0
+) -> dict[str, Tensor]:
+    """`policy.clip_fractions` under the names that `log_update` knows."""
+    found = policy.clip_fractions(ratio.detach(), advantages, epsilon_low, epsilon_high, centre)
+    return dict(zip(("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"), found))
+
+
+def with_aux_loss(trainer: Any, mode: str, loss: Tensor, aux_loss: Tensor | None, micro_batches: float) -> Tensor:
+    """A loss and the load-balancing loss of a mixture of experts, if there is one."""
+    if aux_loss is None:
+        return loss
+    log(trainer, mode, "aux_loss", trainer.accelerator.gather_for_metrics(aux_loss.detach()).mean())
+    return loss + trainer.aux_loss_coef * aux_loss / micro_batches
+
+
 def log_update(
     trainer: Any,
     mode: str,
@@ -266,14 +282,6 @@ def record_update(trainer: Any, batch: RolloutBatch, logps: Tensor, mask: Tensor
 def entropy_limit(accelerator: Any, entropies: Tensor, mask: Tensor, top_quantile: float) -> Tensor:
     """The entropy from which on a token belongs to the `top_quantile` share of all processes' tokens; a scalar."""
     return policy.entropy_limit(gather_rows(accelerator, entropies[mask.bool()].float()), top_quantile)
-
-
-def add_known_metrics(trainer: Any, logs: dict[str, Any], mode: str) -> None:
-    """Add the means of what `trainer._metrics[mode]` collected; None where no value was a number."""
-    prefix = "eval_" if mode == "eval" else ""
-    for name, values in trainer._metrics[mode].items():
-        known = [value for value in values if not math.isnan(value)]
-        logs[prefix + name] = sum(known) / len(known) if known else None
 
 
 def _gathered(trainer: Any, rows: list[list[int]]) -> Tensor:

@@ -30,7 +30,7 @@ from outspoken.trainers.rollouts import checkpoint, measures, sampler
 from outspoken.trainers.rollouts.batch import RolloutBatch
 from outspoken.trainers.rollouts.rollout import Rollouts, RolloutWorker
 from outspoken.trainers.rollouts.show import CompletionsLog
-from outspoken.trainers.setup import prepare_model, set_up_router_loss
+from outspoken.trainers.setup import add_metrics, prepare_model, set_up_router_loss
 
 logger = logging.getLogger(__name__)
 
@@ -146,21 +146,22 @@ class SamplingMixin(Trainer):
     def _prepare_inputs(self, rows: Any) -> Any:
         """The completions to take the loss on, a `RolloutBatch`: sampled now, or left of the last generation batch."""
         if self._mode == "eval":
-            self._is_sampling = True
-            batch = self._sample_and_score(rows)
-            self._is_sampling = False
-            return batch
+            return self._sampled(rows)
         args = self.args
         steps = args.steps_per_generation
         assert self._step is not None
         if self._step % self._cycle == 0 or self._micro_batches is None:
             # Completions of one prompt stay together, so that a micro-batch shares their prompt.
             block = math.gcd(args.num_generations, args.per_device_train_batch_size) if args.share_prompts else 1
-            self._is_sampling = True
-            batch = self._sample_and_score(rows).shuffled(block)
-            self._is_sampling = False
+            batch = self._sampled(rows).shuffled(block)
             self._micro_batches = batch.split(steps, args.pad_to_multiple_of)
         return self._micro_batches[self._step % steps]
+
+    def _sampled(self, rows: list[dict[str, Any]]) -> RolloutBatch:
+        self._is_sampling = True
+        batch = self._sample_and_score(rows)
+        self._is_sampling = False  # not where it raises: `saved_on_failure` asks
+        return batch
 
     @property
     def _cycle(self) -> int:
@@ -176,10 +177,8 @@ class SamplingMixin(Trainer):
     # Logging. `_metrics[mode][name]` collects values until `log` averages them.
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        mode = self._mode
-        measures.add_known_metrics(self, logs, mode)
+        add_metrics(self, logs, skip_nan=True)
         super().log(logs, start_time)
-        self._metrics[mode].clear()
         if self.args.log_completions and self.accelerator.is_main_process and self.completions_log.is_new:
             self.completions_log.show(self.args, self.state.global_step)
 

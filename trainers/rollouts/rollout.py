@@ -1,6 +1,7 @@
 """From rows of a dataset to completions: prompts are tokenised, sampled from by a backend, run through tools, decoded."""
 
 import logging
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from outspoken.trainers.data.checks import PROMPTS, check_rows
 from outspoken.trainers.data.formats import column_names, first_row, is_messages, prepare_multimodal_messages
 from outspoken.trainers.data.response_templates import add_response_schema
 from outspoken.trainers.data.vision import TOKEN_TYPES, image_inputs, image_token_ids, process, row_images
-from outspoken.trainers.measuring import raise_together
+from outspoken.trainers.measuring import raise_together, together
 from outspoken.trainers.rollouts.backends import TransformersBackend
 from outspoken.trainers.rollouts.batch import RolloutBatch, Sampled, pad_floats, pad_ids, sampled_from_ids
 from outspoken.trainers.rollouts.environments import EnvironmentPool, environment_dataset
@@ -33,7 +34,7 @@ from outspoken.trainers.rollouts.tools import (
     tool_totals,
 )
 from outspoken.trainers.rollouts.transformers_backend import eos_token_ids
-from outspoken.trainers.setup import Processing, check_dataset_type, named_datasets
+from outspoken.trainers.setup import Processing, check_datasets, datasets_by_argument
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +195,8 @@ class RolloutWorker:
         self.takes_images = self.processor is not self.tokenizer
         self.end_ids = eos_token_ids(trainer.model, self.tokenizer)
         self.rollout_func = rollout_func
+        self._moment: tuple[int, bool] | None = None  # step and mode of the last call with a seed
+        self._calls = 0  # how many there were before it at that moment
         self.sampled_tokens, self.sampling_seconds = 0, 0.0  # of this process, since they were last measured
         self.tools: ToolSet = tool_set(tools or [])
         self.environments: EnvironmentPool | None = None
@@ -218,7 +221,18 @@ class RolloutWorker:
         self, prompt_ids: list[list[int]], params: SamplingParams, *, caps: list[int] | None = None, images: Any = None
     ) -> Sampled:
         """One completion per prompt, all processes together. Replace it to sample by other means."""
+        params = self._with_seed_of_its_own(params)
         return self.backend.generate(prompt_ids, params, caps=caps, **({} if images is None else {"images": images}))
+
+    def _with_seed_of_its_own(self, params: SamplingParams) -> SamplingParams:
+        """A seed for this call and process: the same one would draw alike at each step, and on each process."""
+        if params.seed is None:
+            return params
+        moment = self.trainer.state.global_step, self.trainer.model.training
+        self._calls = self._calls + 1 if moment == self._moment else 0
+        self._moment = moment
+        drawn = random.Random(repr((params.seed, *moment, self._calls, self.trainer.accelerator.process_index)))
+        return replace(params, seed=drawn.getrandbits(62))
 
     def params(self, greedy: bool = False) -> SamplingParams:
         """How to sample, as the trainer's config stands now; `greedy`: the likeliest token instead."""
@@ -247,15 +261,9 @@ class RolloutWorker:
             RuntimeError: also where another process failed, so that all of them stop.
         """
         params = params or self.params()
-        prepared, error = None, None
-        try:
-            prepared = self.prepare(rows)
-        except Exception as problem:
-            error = problem
-        raise_together(self.trainer.accelerator, error)
-        assert prepared is not None
+        prepared = together(self.trainer.accelerator, lambda: self.prepare(rows))
         self.refresh()
-        rollouts = None
+        rollouts, error = None, None
         turns, start = _Turns(self.trainer.accelerator), time.perf_counter()
         try:
             rollouts = self._sample(prepared, params, turns)
@@ -503,11 +511,9 @@ def check_prompts(train_dataset: Any, eval_dataset: Any, args: Any, *, environme
     Raises:
         ValueError, TypeError: one is missing or something else.
     """
-    datasets = {"train_dataset": train_dataset}
-    for name, dataset in named_datasets(eval_dataset, "eval").items():
-        datasets[f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset"] = dataset
+    check_datasets(train_dataset, eval_dataset, args)
+    datasets = datasets_by_argument(train_dataset, eval_dataset)
     for name, dataset in datasets.items():
-        check_dataset_type(dataset, name)
         columns = column_names(dataset, name)
         if "prompt" not in columns and not environments:
             raise ValueError(f"`{name}` has the columns {', '.join(columns)}, but no 'prompt'; rename or add it.")

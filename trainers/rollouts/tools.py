@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import get_json_schema
 
+from outspoken.trainers.calls import CallThread, CallTimeout, Pending, TooManyStuckCalls, is_async, side_by_side
 from outspoken.trainers.data.chat_templates import (
     Processing,
     get_training_chat_template,
@@ -26,9 +27,8 @@ from outspoken.trainers.data.chat_templates import (
     tokenize_chat,
 )
 from outspoken.trainers.data.formats import is_messages, prepare_multimodal_messages
-from outspoken.trainers.rewards import callable_name, is_async
+from outspoken.trainers.rewards import callable_name
 from outspoken.trainers.rollouts.batch import Sampled
-from outspoken.trainers.rollouts.calls import CallThread, CallTimeout, Pending, TooManyStuckCalls, side_by_side
 from outspoken.trainers.rollouts.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from outspoken.trainers.measuring import raise_together
 from outspoken.trainers.rollouts.batch import Sampled
 from outspoken.trainers.rollouts.sampling import SamplingParams
 from outspoken.trainers.rollouts.vllm_client import ServerUnavailable, VLLMClient, WeightsLost
@@ -151,7 +152,7 @@ class VLLMBackend:
                 self._engine = VLLMEngine(**settings)
             except Exception as problem:
                 error = problem
-        self._agree(error, "vLLM could not be started")
+        raise_together(accelerator, error)
         assert self._engine is not None
         self.exact_logps = self._engine.exact_logps
         self._dtype = dtype
@@ -276,7 +277,7 @@ class VLLMBackend:
                 answer = self._engine.generate(_request(everyone))
         except Exception as problem:
             error = problem
-        self._agree(error, "Sampling with vLLM failed")
+        raise_together(self.accelerator, error)
         assert answer is not None
         if self.args.vllm_enable_sleep_mode:
             self.sleep()
@@ -285,7 +286,7 @@ class VLLMBackend:
 
     def _generate_there(self, mine: tuple) -> dict[str, Any]:
         """With the server, to which the main process talks for all."""
-        everyone = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        everyone = gather_object([mine])
         for _ in range(_OUTAGES):
             status, answer = self._main_process_does(lambda: self._ask(_request(everyone)))
             if status == "done":
@@ -393,7 +394,7 @@ class VLLMBackend:
                 self._version, True, checksum.hex, len(sent), size, compared, tuple(differing), seconds
             )
         if self._engine is not None:
-            self._agree(error, "Weights could not be handed to vLLM")
+            raise_together(self.accelerator, error)
             return report
         return self._main_process_does(lambda: self._pushed(error, report))
 
@@ -494,28 +495,17 @@ class VLLMBackend:
 
     def _main_process_does(self, work: Callable[[], T]) -> T:
         """What `work` gives in the main process, in every process; what it raises there is raised everywhere."""
-        outcome: list[Any] = [None]
+        outcome: list[Any] = [None, None]  # what it gives, what it raises
         if self.accelerator.is_main_process:
             try:
-                outcome = [("done", work())]
+                outcome[0] = work()
             except Exception as error:
-                outcome = [("error", _portable(error))]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(outcome, from_process=0)
-        status, value = outcome[0]
-        if status == "error":
-            raise value
+                outcome[1] = _portable(error)
+        broadcast_object_list(outcome)
+        value, problem = outcome
+        if problem is not None:
+            raise_together(self.accelerator, problem)
         return value
-
-    def _agree(self, error: Exception | None, what: str) -> None:
-        """Raise in every process what one of them met, so that none waits for another."""
-        errors = [(self.accelerator.process_index, _portable(error))] if error is not None else []
-        everyone = gather_object(errors) if self.accelerator.num_processes > 1 else errors
-        if error is not None:
-            raise error
-        if everyone:
-            rank, other = everyone[0]
-            raise RuntimeError(f"{what} in process {rank}: {other}")
 
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said and self.accelerator.is_main_process:

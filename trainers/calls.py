@@ -1,19 +1,22 @@
-"""Calls of other people's code, each bounded in time: tools, environments.
+"""Calls of other people's code, each bounded in time: reward functions, tools, environments.
 
 A Python thread cannot be stopped from outside. So a call runs on a daemon thread, is waited for no longer than its limit,
 and is left behind if it takes longer: the run goes on, and the process can end. How many may be left behind is limited.
+Async functions run on one event loop that lives as long as the process.
 """
 
 import asyncio
 import concurrent.futures
+import contextvars
+import functools
+import inspect
 import logging
 import queue
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
-
-from outspoken.trainers.rewards import calling, is_async
 
 logger = logging.getLogger(__name__)
 
@@ -35,22 +38,24 @@ class TooManyStuckCalls(RuntimeError):
     """More calls than `MAX_STUCK_THREADS` were left behind and still run."""
 
 
-class CallThread:
+# ---------------------------------------------------------------------- threads
+
+
+class CallThread(threading.Thread):
     """A daemon thread that makes the calls it is given one after the other; it starts with the first.
 
     What has to be used from one thread only (an SQLite connection, a browser) can be made and used by calls of one
-    `CallThread`.
+    `CallThread`. It begins with the context variables and the CUDA device of the thread that gives it its first call.
 
     Attributes:
         stuck: whether a call was left behind; later calls are refused with `CallTimeout`.
     """
 
     def __init__(self, name: str):
-        self.name = name
+        super().__init__(name=name, daemon=True)
         self.stuck = False
         self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
 
     def submit(self, function: Callable[..., Any], /, **kwargs: Any) -> concurrent.futures.Future:
         """Call `function(**kwargs)` when the calls before it are done."""
@@ -58,9 +63,9 @@ class CallThread:
             raise CallTimeout("an earlier call has not returned yet")
         future: concurrent.futures.Future = concurrent.futures.Future()
         self._calls.put((future, lambda: function(**kwargs)))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
-            self._thread.start()
+        if self.ident is None:
+            self._context, self._use_device = contextvars.copy_context(), _device_here()
+            self.start()
         return future
 
     def stop(self) -> None:
@@ -84,10 +89,11 @@ class CallThread:
                     f"{self.name}; find out what they wait for, and give it a time limit of its own."
                 )
 
-    def is_alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+    def run(self) -> None:
+        self._use_device()
+        self._context.run(self._make_calls)
 
-    def _work(self) -> None:
+    def _make_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             future, function = call
             if not future.set_running_or_notify_cancel():
@@ -99,6 +105,94 @@ class CallThread:
             else:
                 future.set_result(result)
             del future, function, call  # an idle thread keeps nothing alive
+
+
+def _device_here() -> Callable[[], None]:
+    """What lets a new thread use this one's CUDA device; it begins with the first, which is another process's."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return lambda: None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+
+
+def side_by_side(function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
+    """`function` of each item, `workers` at the same time; with one worker, in the caller's thread.
+
+    The function has to be bounded in time. The first exception, in the order of the items, is raised, once what has begun
+    is done.
+    """
+    if workers <= 1 or len(items) <= 1:
+        return [function(item) for item in items]
+    with concurrent.futures.ThreadPoolExecutor(min(workers, len(items)), "outspoken-calls", _device_here()) as pool:
+        return list(pool.map(function, items))
+
+
+# ---------------------------------------------------------------------- the event loop
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling the function gives a coroutine, for functions, partials and objects with an async `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """An event loop on a daemon thread: also usable where the caller's thread runs a loop already (notebooks)."""
+    loop = asyncio.new_event_loop()
+    thread = CallThread("outspoken-rewards")
+    thread.submit(loop.run_forever)
+    return loop
+
+
+def replace_if_blocked(loop: asyncio.AbstractEventLoop) -> None:
+    """Let later calls have a new event loop if an async function blocks this one."""
+    answered = threading.Event()
+    loop.call_soon_threadsafe(answered.set)
+    if not answered.wait(1.0) and event_loop.cache_info().currsize and event_loop() is loop:
+        logger.warning(
+            "An async function blocks the event loop of tools and rewards (time.sleep instead of asyncio.sleep, say); "
+            "later calls get a new one."
+        )
+        event_loop.cache_clear()
+
+
+async def awaited(function: Callable[..., Awaitable[T]], kwargs: Mapping[str, Any], timeout: float | None = None) -> T:
+    """What an async function gives, on the event loop.
+
+    Raises:
+        CallTimeout: it gave nothing within `timeout` seconds, and was cancelled.
+        RuntimeError: it was cancelled by what it called, or would exit, which would end the loop's thread.
+    """
+
+    async def guarded() -> T:
+        try:
+            return await function(**kwargs)
+        except (KeyboardInterrupt, SystemExit) as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    # Not `wait_for`, which waits on for a task that does not let itself be cancelled.
+    task = asyncio.ensure_future(guarded())
+    try:
+        await asyncio.wait({task}, timeout=timeout)
+        if not task.done():
+            raise CallTimeout
+        if task.cancelled():
+            raise RuntimeError("it was cancelled")
+        return task.result()
+    finally:
+        task.cancel()
+        task.add_done_callback(_look_at_result)
+
+
+def _look_at_result(task: asyncio.Task) -> None:
+    """Take note of how a task ended, or asyncio complains that nobody did."""
+    if not task.cancelled():
+        task.exception()
+
+
+# ---------------------------------------------------------------------- one call
 
 
 class Pending:
@@ -130,8 +224,8 @@ class Pending:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._future: concurrent.futures.Future
         if is_async(function):
-            self._loop = calling._event_loop()
-            self._future = asyncio.run_coroutine_threadsafe(_awaited(function, kwargs), self._loop)
+            self._loop = event_loop()
+            self._future = asyncio.run_coroutine_threadsafe(awaited(function, kwargs), self._loop)
         elif timeout is None:
             self._future = concurrent.futures.Future()
             try:
@@ -161,38 +255,7 @@ class Pending:
             return self._future.result()
         self._future.cancel()
         if self._loop is not None:
-            _replace_blocked_loop(self._loop)
+            replace_if_blocked(self._loop)
         elif self._thread is not None:
             self._thread.leave_behind()
         raise CallTimeout(f"{self.what} did not return within {self.timeout:g} s")
-
-
-async def _awaited(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    try:
-        return await function(**kwargs)
-    except (KeyboardInterrupt, SystemExit) as error:  # they would end the loop's thread
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
-
-
-def _replace_blocked_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Let later calls have a new event loop if an async function blocks this one."""
-    answered = threading.Event()
-    loop.call_soon_threadsafe(answered.set)
-    if not answered.wait(1.0) and calling._event_loop.cache_info().currsize and calling._event_loop() is loop:
-        logger.warning(
-            "An async function blocks the event loop of tools and rewards (time.sleep instead of asyncio.sleep, say); "
-            "later calls get a new one."
-        )
-        calling._event_loop.cache_clear()
-
-
-def side_by_side(function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
-    """`function` of each item, `workers` at the same time; with one worker, in the caller's thread.
-
-    The function has to be bounded in time. The first exception, in the order of the items, is raised, once what has begun
-    is done.
-    """
-    if workers <= 1 or len(items) <= 1:
-        return [function(item) for item in items]
-    with concurrent.futures.ThreadPoolExecutor(min(workers, len(items)), "outspoken-calls") as pool:
-        return list(pool.map(function, items))
