@@ -27,14 +27,17 @@ from outspoken.diagnostics.sources.config import (
 from outspoken.diagnostics.sources.files import FORMATS, RawLog, Row, UnreadableLog, read_raw
 from outspoken.diagnostics.sources.llama_factory import LLAMA_FACTORY
 from outspoken.diagnostics.sources.names import Column, Family, choose_family
+from outspoken.diagnostics.sources.nemo_rl import NEMO_RL
+from outspoken.diagnostics.sources.open_instruct import OPEN_INSTRUCT
 from outspoken.diagnostics.sources.tinker import TINKER
+from outspoken.diagnostics.sources.torchtune import TORCHTUNE
 from outspoken.diagnostics.sources.trials import add_least_trials
 from outspoken.diagnostics.sources.trl import TRL
 from outspoken.diagnostics.sources.verl import VERL
 
 __all__ = ["FORMATS", "Account", "LoggedRun", "Segment", "UnreadableLog", "read", "read_config"]
 
-FAMILIES = (TRL, VERL, TINKER, LLAMA_FACTORY)
+FAMILIES = (TRL, VERL, TINKER, LLAMA_FACTORY, TORCHTUNE, NEMO_RL, OPEN_INSTRUCT)
 OTHER = Family("other")
 
 # What to look for in a directory, best first.
