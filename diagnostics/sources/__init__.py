@@ -1,13 +1,12 @@
 """Read anybody's log of a training run.
 
-`read(path)` takes a Hugging Face `trainer_state.json`, JSON lines or CSV of metrics (TRL, transformers, verl,
-tinker-cookbook, LLaMA-Factory, home-made), plain or gzipped, told apart by content, or a run directory of ours, and
-gives observations under one set of names. No value is dropped without a trace: `LoggedRun.account` says what became
-of each cell, `LoggedRun.notes` what a reader should know.
+`read(path)` takes what training leaves behind: a Hugging Face `trainer_state.json`, JSON lines, CSV, the text of a
+console or a notebook, event files of TensorBoard, runs of W&B and MLflow, or a run directory of ours. Containers and
+systems are told apart by content; the result is observations under one set of names. No value is dropped without a
+trace: `LoggedRun.account` says what became of each cell, `LoggedRun.notes` what a reader should know.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from outspoken.diagnostics import rundir
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.rules.registry import GROUPED_RL, ONLINE_RL
-from outspoken.diagnostics.sources import own
-from outspoken.diagnostics.sources.assemble import Account, Segment, assemble
+from outspoken.diagnostics.sources import beside, own
+from outspoken.diagnostics.sources.again import Again
+from outspoken.diagnostics.sources.assemble import Account, Assembled, Segment, assemble, scan
 from outspoken.diagnostics.sources.config import (
     config_of_state,
     infer_method,
@@ -24,14 +24,16 @@ from outspoken.diagnostics.sources.config import (
     read_config,
     total_steps_of,
 )
-from outspoken.diagnostics.sources.files import FORMATS, RawLog, Row, UnreadableLog, read_raw
+from outspoken.diagnostics.sources.discover import find_log
+from outspoken.diagnostics.sources.files import Row, UnreadableLog
+from outspoken.diagnostics.sources.formats import CONTAINERS, KEPT_CELLS, RawLog, read_raw
 from outspoken.diagnostics.sources.llama_factory import LLAMA_FACTORY
 from outspoken.diagnostics.sources.names import Column, Family, choose_family
 from outspoken.diagnostics.sources.nemo_rl import NEMO_RL
 from outspoken.diagnostics.sources.open_instruct import OPEN_INSTRUCT
 from outspoken.diagnostics.sources.tinker import TINKER
 from outspoken.diagnostics.sources.torchtune import TORCHTUNE
-from outspoken.diagnostics.sources.trials import add_least_trials
+from outspoken.diagnostics.sources.trials import bounds_of_trials, with_trials
 from outspoken.diagnostics.sources.trl import TRL
 from outspoken.diagnostics.sources.verl import VERL
 
@@ -39,17 +41,7 @@ __all__ = ["FORMATS", "Account", "LoggedRun", "Segment", "UnreadableLog", "read"
 
 FAMILIES = (TRL, VERL, TINKER, LLAMA_FACTORY, TORCHTUNE, NEMO_RL, OPEN_INSTRUCT)
 OTHER = Family("other")
-
-# What to look for in a directory, best first.
-_LOGS_IN_DIRECTORY = (
-    "trainer_state.json",
-    "metrics.jsonl",
-    "trainer_log.jsonl",
-    "log.jsonl",
-    "log.jsonl.gz",
-    "metrics.csv",
-)
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+FORMATS = (*CONTAINERS, *(family.name for family in FAMILIES))
 
 
 @dataclass
@@ -57,10 +49,11 @@ class LoggedRun:
     """A run as its log tells it.
 
     Attributes:
-        path: the file that was read. format: "trainer_state", "jsonl", "json", "csv" or "run_directory".
-        family: whose names it uses: "trl", "verl", "tinker", "llama_factory", "outspoken" or "other".
+        path: what was read. format: the container, one of `formats.CONTAINERS`, or "run_directory".
+        family: whose names it uses: one of FAMILIES, "outspoken" or "other".
         rows: the raw rows in the order of the file, nested names joined by "/".
-        observations: one per step, under our names, in order.
+        observations: one per step, under our names, in order; those of a long log are made anew for each pass.
+        signals: our names of the signals that were read, in order of appearance.
         segments: where each stretch begins, the first at observation 0; a restart begins a new one.
         summary: the Trainer's closing row.
         account: what became of each cell. columns: raw name -> what became of the column.
@@ -75,11 +68,12 @@ class LoggedRun:
     path: str
     format: str
     family: str
-    rows: list[Row]
-    observations: list[Observation]
+    rows: Again[Row]
+    observations: Again[Observation]
     segments: list[Segment]
     account: Account
     columns: dict[str, Column]
+    signals: list[str]
     step_axis: str
     method: str
     method_reason: str
@@ -90,12 +84,6 @@ class LoggedRun:
     segment_numbers: list[int] = field(default_factory=list)  # of a run of ours: the number recorded for each segment
     summary: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def signals(self) -> list[str]:
-        """Our names of the signals that were read, in order of appearance."""
-        names = (n for o in self.observations for n in (*o.signals, *o.nonfinite, *o.unreadable))
-        return [name for name in dict.fromkeys(names) if not name.endswith("#n")]
 
 
 def read(
@@ -108,8 +96,9 @@ def read(
 
     Args:
         path: a file, a run directory of ours, or a directory with a log of a usual name (a checkpoint, an output
-            directory).
-        format: one of `FORMATS`, to override what the content says.
+            directory, a run of W&B, MLflow or TensorBoard).
+        format: one of `FORMATS`, to override what the content says: a container ("csv"), or the system whose names
+            are used ("verl").
         config: the run's settings by field name, or a YAML or JSON file of them; they win over what the log holds.
         method: the training method, to override what the signals say.
 
@@ -117,110 +106,112 @@ def read(
         UnreadableLog: there is nothing to read; its message is one sentence that names the file, and the line if any.
     """
     path = Path(path)
-    given = read_config(config)
+    if format is not None and format not in FORMATS:
+        raise UnreadableLog(f"{path}: format {format!r} is not known; choose one of {', '.join(FORMATS)}.")
+    container = format if format in CONTAINERS else None
     card: dict[str, Any] = {}
+    notes: list[str] = []
     if path.is_dir():
         directory = own.find_run_directory(path)
         if directory is not None and (directory / rundir.METRICS).is_file():
             path, card = directory / rundir.METRICS, own.read_card(directory)
-        else:
-            path = _find_log(path)
+        elif container is None:
+            path = find_log(path, notes)
     elif path.name == rundir.METRICS and (path.parent / rundir.RUN).is_file():
         card = own.read_card(path.parent)
-    raw = read_raw(path, format)
+    raw = read_raw(path, container)
+    seen = scan(raw.rows, FAMILIES)
+    if not seen.rows:
+        raise UnreadableLog(f"{path}: holds no logged row.")
     if own.is_record(raw.rows[0]):
-        return _own_run(path, raw, card, given, method)
+        return _own_run(path, raw, card, read_config(config), method)
 
-    family = choose_family(dict.fromkeys(name for row in raw.rows for name in row), FAMILIES) or OTHER
-    if not raw.wrapped:
+    family = _family(format, seen.names)
+    if not raw.met.wrapped:
         family = replace(family, null_is_nan=False)
-    made = assemble(raw.rows, family)
-    if not made.observations:
+    made = assemble(raw.rows, family, seen)
+    if not len(made.observations):
         raise UnreadableLog(f"{path}: no row holds a metric.")
-    settings = {**config_of_state(raw.extra), **given}
-    names = {n for o in made.observations for n in (*o.signals, *o.nonfinite)}
-    guessed, reason = infer_method(names, made.observations)
-    if family.follow is not None:
-        follow = family.follow()
-        for observation in made.observations:
-            follow(observation)
-    notes = [*raw.notes, *made.notes, *_beside(path)]
-    if method is None:
-        notes.append(f"Taken for {guessed}: {reason}.")
-    run = LoggedRun(
+    given = read_config(config)
+    found = beside.find(path, family)
+    settings = {**config_of_state(raw.extra), **found.settings, **given}
+    total_steps = total_steps_of(settings, seen.last)
+    guessed, reason = _method(family, seen.names, made, found.method)
+    method, reason = (method, "given") if method else (guessed, reason)
+    notes += [*raw.notes, *made.notes, *found.notes]
+    if found.sources:
+        notes.append(f"Settings were read from {', '.join(found.sources)}.")
+    if reason != "given":
+        notes.append(f"Taken for {method}: {reason}.")
+    if "points_per_log" not in settings and (points := points_per_log(settings)) is not None:
+        settings["points_per_log"] = points
+    if made.step_axis == "row number":
+        total_steps = None  # planned steps are not rows
+    return LoggedRun(
         path=str(path),
         format=raw.format,
         family=family.name,
         rows=raw.rows,
-        observations=made.observations,
+        observations=_with_trials(made, method, settings, notes),
         segments=made.segments,
         account=made.account,
         columns=made.columns,
+        signals=made.signals,
         step_axis=made.step_axis,
-        method=method or guessed,
-        method_reason="given" if method else reason,
+        method=method,
+        method_reason=reason,
         config=settings,
-        config_known=bool(given),
-        total_steps=total_steps_of(settings, raw.rows),
+        config_known=bool(given) or found.complete,
+        total_steps=total_steps,
         summary=made.summary,
         notes=notes,
     )
-    _complete(run)
-    return run
 
 
-def _complete(run: LoggedRun) -> None:
-    """What follows from the settings and the signals together."""
-    if "points_per_log" not in run.config:
-        points = points_per_log(run.config)
-        if points is not None:
-            run.config["points_per_log"] = points
-    if run.step_axis == "row number":
-        run.total_steps = None  # planned steps are not rows
-    if run.method in ONLINE_RL:
-        batch = run.config.get("per_device_train_batch_size")
-        floor = max(2 if run.method in GROUPED_RL else 1, batch if isinstance(batch, int) else 1)
-        for name, bound in add_least_trials(run.observations, run.config, floor).items():
-            run.notes.append(f"How many trials a point of {name} stands for is not logged: at least {bound}.")
+def _family(format: str | None, names: Mapping[str, Any]) -> Family:
+    named = next((family for family in FAMILIES if family.name == format), None)
+    return named or choose_family(names, FAMILIES) or OTHER
 
 
-def _find_log(directory: Path) -> Path:
-    for name in _LOGS_IN_DIRECTORY:
-        if (directory / name).is_file():
-            return directory / name
-    checkpoints = [
-        (int(match.group(1)), entry)
-        for entry in directory.iterdir()
-        if (match := _CHECKPOINT.match(entry.name)) and (entry / "trainer_state.json").is_file()
-    ]
-    if checkpoints:
-        return max(checkpoints)[1] / "trainer_state.json"
-    raise UnreadableLog(f"{directory}: holds no log of a usual name; give the file itself.")
+def _method(family: Family, names: Mapping[str, Any], made: Assembled, recorded: str | None) -> tuple[str, str]:
+    """The method, and what speaks for it: the settings beside the log, the system's own names, or ours."""
+    if recorded is not None:
+        return recorded, "its settings say so"
+    told = family.method_of(tuple(names)) if family.method_of is not None else None
+    return told or infer_method(set(made.signals), made.observations)
 
 
-def _beside(path: Path) -> list[str]:
-    if (path.parent / "training_args.bin").is_file():
-        return [
-            "training_args.bin lies beside the log; it is a pickle and is never opened. Give settings by --config."
-        ]
-    return []
+def _with_trials(made: Assembled, method: str, config: Mapping[str, Any], notes: list[str]) -> Again[Observation]:
+    """The observations, with what is known of the trials behind a share that the log does not count."""
+    if method not in ONLINE_RL:
+        return made.observations
+    batch = config.get("per_device_train_batch_size")
+    floor = max(2 if method in GROUPED_RL else 1, batch if isinstance(batch, int) else 1)
+    bounds = bounds_of_trials(made.observations, made.signals, dict(config), floor)
+    for name, bound in bounds.items():
+        notes.append(f"How many trials a point of {name} stands for is not logged: at least {bound}.")
+    if not bounds:
+        return made.observations
+    return Again(lambda: with_trials(made.observations, bounds), lambda o: len(o.signals) + 4, KEPT_CELLS)
 
 
 def _own_run(
     path: Path, raw: RawLog, card: Mapping[str, Any], given: Mapping[str, Any], method: str | None
 ) -> LoggedRun:
     """A run of ours: the observations stand in the file as they were made."""
-    observations: list[Observation] = []
     segments: list[Segment] = []
     account = Account()
     last_segment: Any = None
     numbers: list[int] = []
-    strange = 0
+    names: dict[str, None] = {}
+    strange = count = 0
     for row in raw.rows:
         made = own.to_observation(row) if own.is_record(row) else None
         if made is None:
             strange += 1
             continue
+        for state in (made.signals, made.nonfinite, made.unreadable):
+            names.update(dict.fromkeys(state))
         account.value += len(made.signals)
         account.nonfinite += len(made.nonfinite)
         account.unreadable += len(made.unreadable)
@@ -230,17 +221,23 @@ def _own_run(
         segment = row.get("segment", 0)
         if not segments or segment != last_segment:
             reason = "start" if not segments else "the run was resumed or its configuration changed"
-            segments.append(Segment(len(observations), made.step, reason))
+            segments.append(Segment(count, made.step, reason))
             numbers.append(segment if isinstance(segment, int) else len(numbers))
         last_segment = segment
-        observations.append(made)
-    if not observations:
+        count += 1
+    if not count:
         raise UnreadableLog(f"{path}: holds no observation.")
     notes = list(raw.notes)
     if strange:
         notes.append(f"{strange} lines are no observations and were skipped.")
-    names = {n for o in observations for n in (*o.signals, *o.nonfinite)}
-    guessed, reason = infer_method(names, observations)
+
+    def observations() -> Iterator[Observation]:
+        for row in raw.rows:
+            if own.is_record(row) and (made := own.to_observation(row)) is not None:
+                yield made
+
+    again = Again(observations, lambda o: len(o.signals) + 4, KEPT_CELLS)
+    guessed, reason = infer_method(set(names), again)
     recorded = card.get("method")
     recorded_config = card.get("config")
     recorded_facts = card.get("facts")
@@ -250,10 +247,11 @@ def _own_run(
         format="run_directory",
         family="outspoken",
         rows=raw.rows,
-        observations=observations,
+        observations=again,
         segments=segments,
         account=account,
         columns={},
+        signals=[name for name in names if not name.endswith("#n")],
         step_axis="step",
         method=method or (recorded if isinstance(recorded, str) else guessed),
         method_reason="given" if method else ("recorded in run.json" if isinstance(recorded, str) else reason),

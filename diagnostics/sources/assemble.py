@@ -1,20 +1,31 @@
-"""From raw rows to observations: one per step, in order, with every cell accounted for."""
+"""From raw rows to observations: one per step, in order, with every cell accounted for.
+
+Rows are gone through several times and never held together: once to see which columns there are and what they hold,
+once to count, and once for each time that the observations are asked for.
+"""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from bisect import insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Any
 
 from outspoken.diagnostics.records import Observation, as_number
-from outspoken.diagnostics.sources.files import Row, _count
+from outspoken.diagnostics.sources.again import Again
+from outspoken.diagnostics.sources.files import Row, count_of
 from outspoken.diagnostics.sources.names import CLOCKS, STEPS, SUMMARY, Column, Family, is_known, plan, tidy
 
 MAX_RESTARTS = 0.2  # share of rows; with more, the step column does not count steps
 NAMES_SHOWN = 12
 REPEAT_SHARE = 0.3  # share of rows that repeat the measurements of the row before, for a log that was filled forward
+WINDOW = 1_000  # steps within which a late evaluation finds its step
+ROWS_REMEMBERED = 200_000  # rows among which a row that comes again is found
+KEPT_CELLS = 2_000_000  # of observations, in memory; more are made anew for each pass
+HEAD_ROWS = 100  # rows at the start that may describe the run
+RANKS = ("rank", "global_rank", "process_index", "local_rank")
+SAME_SHARE = 0.95  # of repeated rows with an equal measurement, for rows of several processes
 
 
 @dataclass
@@ -24,12 +35,13 @@ class Account:
     Attributes:
         cells: cells in the file (a cell is a name with a value in a row; empty CSV cells count).
         value, nonfinite, unreadable: kept in an observation, in that state.
-        empty: null or an empty CSV cell: not emitted.
+        empty: null or an empty CSV cell, or what its system writes for "not available": not emitted.
         clock: step, epoch, time and progress.
         text: columns that never hold a number and that no table knows, and rows that describe the run before its first step.
         summary: the Trainer's closing row.
         duplicate: equal to what was already read for the step.
         superseded: an earlier value at the same step, logged again with another one.
+        other_process: of a row that another process wrote of the same step.
     """
 
     cells: int = 0
@@ -42,6 +54,7 @@ class Account:
     summary: int = 0
     duplicate: int = 0
     superseded: int = 0
+    other_process: int = 0
 
     @property
     def balanced(self) -> bool:
@@ -60,63 +73,111 @@ class Segment:
 
 @dataclass
 class Assembled:
-    observations: list[Observation]
+    """A log as observations.
+
+    Attributes:
+        observations: one per step. signals: their names, in order of appearance.
+        columns: raw name -> what became of the column. step_axis: the raw name that counts steps, or "row number".
+        summary: the Trainer's closing row. notes: what a reader should know, one sentence each.
+    """
+
+    observations: Again[Observation]
     segments: list[Segment]
     account: Account
     columns: dict[str, Column]
     step_axis: str
     summary: dict[str, Any]
     notes: list[str]
-    cells: list[int]  # of the file, behind each observation
+    signals: list[str]
+
+
+# ---------------------------------------------------------------------- what the columns hold
 
 
 @dataclass
-class _Point:
-    """One step being put together."""
+class Scan:
+    """What one pass over the rows tells of the columns.
 
-    step: int
-    cells: dict[str, Any] = field(default_factory=dict)  # our name -> raw value
-    time: float | None = None
-    epoch: float | None = None
-
-
-def assemble(rows: Sequence[Row], family: Family) -> Assembled:
-    """Merge rows into observations.
-
-    Rows of one step become one observation (an evaluation joins the training row of its step). A step that goes back,
-    or comes again with other training values, is a restart and opens a segment. Identical rows count once.
+    Attributes:
+        rows: their number. names: every name, in order of appearance, with the number of the last row that has it.
+        head: the names of the first rows.
+        numeric, nonzero, filled: names that ever hold a number, one that is not 0, anything.
+        steps: name -> how it counts steps, of the names that may.
+        ranks: the values of a column that names the process.
+        last: the last row.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    axis = _step_axis(rows, family)
-    notes: list[str] = []
-    if axis is not None:
-        rows = _oldest_first(rows, axis, notes)
-        made = _merge(rows, names, family, axis)
-        if len(made.segments) - 1 > max(3, MAX_RESTARTS * len(made.observations)):
-            notes.append(f"{axis!r} goes back or repeats in many rows, so rows were numbered instead.")
-            axis = None
-            made = _merge(rows, names, family, None)
-    else:
-        notes.append("No column counts steps, so rows were numbered: a step is a row here.")
-        made = _merge(rows, names, family, None)
-    _filled_forward(made)
-    made.notes[:0] = notes
-    return made
+
+    rows: int = 0
+    names: dict[str, int] = field(default_factory=dict)
+    head: list[tuple[str, ...]] = field(default_factory=list)
+    numeric: set[str] = field(default_factory=set)
+    nonzero: set[str] = field(default_factory=set)
+    filled: set[str] = field(default_factory=set)
+    steps: dict[str, "_Steps"] = field(default_factory=dict)
+    ranks: dict[str, set[int]] = field(default_factory=dict)
+    last: Row = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------- the step axis
+@dataclass
+class _Steps:
+    present: int = 0  # rows that hold a step
+    first: int = 0  # number of rows before the first of them
+    falls: int = 0  # times that it went down
+    last: int | None = None
 
 
-def _step_axis(rows: Sequence[Row], family: Family) -> str | None:
+def scan(rows: Iterable[Row], families: Iterable[Family]) -> Scan:
+    """Go through the rows once; `families` tell which names may count steps."""
+    steps_by_name = {*STEPS, *(name for family in families for name in family.steps)}
+    seen = Scan()
+    settled: set[str] = set()  # names of which nothing more is to be learnt here
+    for number, row in enumerate(rows):
+        seen.names.update(dict.fromkeys(row, number))
+        if number < HEAD_ROWS:
+            seen.head.append(tuple(row))
+        for name, value in row.items():
+            if name in settled:
+                continue
+            if name in seen.steps or name in seen.ranks:
+                pass
+            elif name in steps_by_name or tidy(name).lower() in steps_by_name:
+                seen.steps[name] = _Steps()
+            elif tidy(name).lower() in RANKS:
+                seen.ranks[name] = set()
+            if value is not None:
+                seen.filled.add(name)
+                as_float = as_number(value)
+                if as_float is not None:
+                    seen.numeric.add(name)
+                    if as_float != 0:
+                        seen.nonzero.add(name)
+                        if name not in seen.steps and name not in seen.ranks:
+                            settled.add(name)
+        for name, steps in seen.steps.items():
+            step = _step_of(row.get(name))
+            if step is not None:
+                steps.first = steps.first if steps.present else number
+                steps.present += 1
+                steps.falls += steps.last is not None and step < steps.last
+                steps.last = step
+        for name, ranks in seen.ranks.items():
+            rank = _step_of(row.get(name))
+            if rank is not None and len(ranks) < 4096:
+                ranks.add(rank)
+        seen.last = row
+        seen.rows += 1
+    return seen
+
+
+def _step_axis(seen: Scan, family: Family) -> str | None:
     """The raw name whose values count steps; None if there is none in at least half of the rows."""
     order = {name: i for i, name in enumerate(dict.fromkeys((*family.steps, *STEPS)))}
-    names = dict.fromkeys(name for row in rows for name in row)
-    named = [raw for raw in names if raw in order or tidy(raw).lower() in order]
-    present = {raw: sum(_step_of(row.get(raw)) is not None for row in rows) for raw in named}
-    enough = [raw for raw in named if present[raw] >= 0.5 * len(rows)]
-    if not enough:
-        return None
-    return min(enough, key=lambda raw: min(order.get(raw, 999), order.get(tidy(raw).lower(), 999)))
+
+    def place(raw: str) -> int:
+        return min(order.get(raw, 999), order.get(tidy(raw).lower(), 999))
+
+    enough = [raw for raw, steps in seen.steps.items() if steps.present >= 0.5 * seen.rows and place(raw) < 999]
+    return min(enough, key=place) if enough else None
 
 
 def _step_of(value: Any) -> int | None:
@@ -128,145 +189,404 @@ def _step_of(value: Any) -> int | None:
     return round(number)
 
 
-def _oldest_first(rows: Sequence[Row], axis: str, notes: list[str]) -> Sequence[Row]:
-    steps = [s for s in (_step_of(row.get(axis)) for row in rows) if s is not None]
-    falls = sum(b < a for a, b in pairwise(steps))
-    if len(steps) >= 3 and falls > 0.9 * (len(steps) - 1):
-        notes.append("The newest row stood first; the rows were turned round.")
-        return rows[::-1]
-    return rows
+def _headers(seen: Scan, axis: str) -> int:
+    """How many rows at the start describe the run: they have no step, and no name in common with any later row."""
+    count = seen.steps[axis].first
+    if count == 0 or count > len(seen.head):
+        return 0
+    later = {name for name, last in seen.names.items() if last >= count} - CLOCKS
+    return count if all(later.isdisjoint(names) for names in seen.head[:count]) else 0
 
 
 # ---------------------------------------------------------------------- merging
 
 
-def _merge(rows: Sequence[Row], names: Sequence[str], family: Family, axis: str | None) -> Assembled:
-    columns = plan(names, family, axis)
-    texts = _text_columns(rows, columns, family)
-    account = Account(cells=sum(len(row) for row in rows))
-    summary: dict[str, Any] = {}
-    points: list[_Point] = []
-    segments: list[Segment] = [Segment(0, 0, "start")]
-    at: dict[int, _Point] = {}  # step -> point, of this segment
-    seen: set[int] = set()  # hashes of the rows so far
-    dropped_rows = 0
-    newest: int | None = None  # step of the newest training row in this segment
-    # where a row without a step belongs: to the row before
-    last = next((s for s in (_step_of(row.get(axis)) for row in rows) if s is not None), 0) if axis else 0
+def assemble(rows: Again[Row], family: Family, seen: Scan) -> Assembled:
+    """Merge rows into observations.
 
-    headers = _headers(rows, axis) if axis is not None else 0
-    account.text += sum(len(row) for row in rows[:headers])
-    for number, row in enumerate(rows, start=1):
-        if number <= headers:
-            continue
-        if axis is not None:
-            key = hash(repr(row))
-            if key in seen and row.get(axis) is not None:
-                account.duplicate += len(row)
-                dropped_rows += 1
+    Rows of one step become one observation (an evaluation joins the training row of its step). A step that goes back,
+    or comes again with other training values, is a restart and opens a segment. Identical rows count once.
+    """
+    notes: list[str] = []
+    axis = _step_axis(seen, family)
+    if axis is None:
+        notes.append(
+            "No column counts steps, so rows were numbered: a step is a row here, and an evaluation belongs to the row before."
+        )
+        made = _Merger(rows, family, seen, None).assembled()
+    else:
+        steps = seen.steps[axis]
+        if steps.present >= 3 and steps.falls > 0.9 * (steps.present - 1):
+            kept = rows.kept
+            if kept is None:
+                notes.append("The newest row stands first, in a log too large to be turned round here.")
+            else:
+                notes.append("The newest row stood first; the rows were turned round.")
+                rows = Again.of(kept[::-1])
+                seen = scan(rows, [family])
+        merger = _Merger(rows, family, seen, axis)
+        merger.rank = next((name for name, ranks in seen.ranks.items() if len(ranks) > 1), None)
+        made = merger.assembled()
+        if len(made.segments) - 1 > max(3, MAX_RESTARTS * len(made.observations)):
+            if merger.rank is None and _written_by_processes(rows, axis):
+                merger = _Merger(rows, family, seen, axis)
+                merger.first_only = True
+            else:
+                notes.append(f"{axis!r} goes back or repeats in many rows, so rows were numbered instead.")
+                merger = _Merger(rows, family, seen, None)
+            made = merger.assembled()
+    made.notes[:0] = notes
+    return made
+
+
+def _written_by_processes(rows: Iterable[Row], axis: str) -> bool:
+    """Whether rows that repeat a step come from several processes.
+
+    They do where nearly all of them agree with the first row of their step in a measurement that changes from step to
+    step, as a gradient norm over all processes does; the learning rate and the like do not count.
+    """
+    before: Row = {}
+    repeats, agree, changes = 0, dict[str, int](), dict[str, int]()
+    for row in rows:
+        again = row.get(axis) is not None and row.get(axis) == before.get(axis) and row.keys() == before.keys()
+        repeats += again
+        for name, value in row.items():
+            number = as_number(value)
+            if name == axis or number is None or number == 0 or "learning_rate" in name or name.endswith("lr"):
                 continue
-            seen.add(key)
-        step = number if axis is None else _step_of(row.get(axis))
+            if name in before and tidy(name).lower() not in CLOCKS and not name.endswith("epoch"):
+                count = agree if again else changes
+                same = _same(before[name], value)
+                count[name] = count.get(name, 0) + (same if again else not same)
+        before = row
+    return repeats >= 5 and any(
+        n >= SAME_SHARE * repeats and changes.get(name, 0) >= 0.5 * n for name, n in agree.items()
+    )
+
+
+@dataclass
+class _Point:
+    """One step being put together. opens: why a segment begins with it."""
+
+    step: int
+    opens: str = ""
+    cells: dict[str, Any] = field(default_factory=dict)  # raw name -> raw value
+    time: float | None = None
+    epoch: float | None = None
+
+
+@dataclass
+class _Seen:
+    """A point as an observation. cells: of the file, behind it. opens: why a segment begins with it."""
+
+    observation: Observation
+    cells: int
+    opens: str
+
+
+@dataclass
+class _Tally:
+    """What a pass over the rows counts."""
+
+    account: Account
+    summary: dict[str, Any] = field(default_factory=dict)
+    dropped_rows: int = 0
+    process_rows: int = 0
+
+
+class _Merger:
+    """Puts the rows of a log together, step by step.
+
+    Attributes:
+        rank: a column that names the process; only the rows of the lowest count.
+        first_only: of the rows of one step, only the first counts.
+    """
+
+    def __init__(self, rows: Again[Row], family: Family, seen: Scan, axis: str | None):
+        self.rows, self.family, self.seen, self.axis = rows, family, seen, axis
+        self.rank: str | None = None
+        self.first_only = False
+        self.columns = plan(seen.names, family, axis)
+        known = {c.raw for c in self.columns.values() if c.kind == "signal" and is_known(c, family)}
+        signals = {c.raw for c in self.columns.values() if c.kind == "signal"}
+        self.texts = (signals - known - seen.numeric) & seen.filled
+        self.off = {raw for raw in signals if tidy(raw) in family.zero_if_off and raw not in seen.nonzero}
+        self.headers = _headers(seen, axis) if axis is not None else 0
+        self.sentinels = {raw: family.not_measured[tidy(raw)] for raw in signals if tidy(raw) in family.not_measured}
+
+    def assembled(self) -> Assembled:
+        """Count everything in one pass, and decide what the later passes leave out."""
+        tally = _Tally(Account())
+        passes = 0
+
+        def begin() -> Iterator[_Seen]:
+            nonlocal passes
+            passes += 1
+            return self._observations(tally if passes == 1 else _Tally(Account()))
+
+        made = Again(begin, lambda item: len(item.observation.signals) + 4, KEPT_CELLS)
+        account = tally.account
+        starts: list[tuple[int, int, int, str]] = []  # index, repeats before, step, reason
+        names: dict[str, None] = {}
+        repeats = Account()
+        count = repeated = 0
+        before: Observation | None = None
+        for item in made:
+            observation = item.observation
+            for state in (observation.signals, observation.nonfinite, observation.unreadable):
+                names.update(dict.fromkeys(state))
+            if item.opens:
+                starts.append((count, repeated, observation.step, item.opens))
+            elif before is not None and _repeats(before, observation):
+                repeated += 1
+                repeats.unreadable += len(observation.unreadable)
+                repeats.cells += item.cells
+            before = observation
+            count += 1
+        filled = repeated >= max(5, REPEAT_SHARE * count)
+        if filled:
+            account.unreadable -= repeats.unreadable
+            account.value -= repeats.cells - repeats.unreadable
+            account.duplicate += repeats.cells
+        segments = [Segment(i - (r if filled else 0), step, reason) for i, r, step, reason in starts]
+        notes = self._notes(tally, segments)
+        if filled:
+            notes.append(
+                f"{count_of(repeated, 'row')} only repeat the row before (the logger wrote its last values at every "
+                f"step); each measurement was counted once, which leaves {count - repeated}."
+            )
+        columns = self.columns
+        if self.headers:
+            later = {name for name, last in self.seen.names.items() if last >= self.headers}
+            columns = {raw: column for raw, column in columns.items() if raw in later}
+
+        def observations() -> Iterator[Observation]:
+            last: Observation | None = None
+            for item in made:
+                if not filled or item.opens or last is None or not _repeats(last, item.observation):
+                    yield item.observation
+                last = item.observation
+
+        return Assembled(
+            observations=Again(observations, lambda o: len(o.signals) + 4, KEPT_CELLS),
+            segments=segments,
+            account=account,
+            columns=columns,
+            step_axis=self.axis or "row number",
+            summary=tally.summary,
+            notes=notes,
+            signals=[name for name in names if not name.endswith("#n")],
+        )
+
+    # ------------------------------------------------------------------ one pass
+
+    def _points(self, tally: _Tally) -> Iterator[_Point]:
+        """The steps in order; within a segment a late evaluation finds its step if it comes within WINDOW steps."""
+        axis, columns, account = self.axis, self.columns, tally.account
+        lowest_rank = min(self.seen.ranks[self.rank]) if self.rank is not None else None
+        pending: list[_Point] = []  # by step
+        at: dict[int, _Point] = {}  # the same
+        remembered: dict[int, None] = {}  # hashes of rows, the oldest first
+        opens = "start"  # why the next point that is released begins a segment
+        newest: int | None = None  # step of the newest training row in this segment
+
+        def released(points: list[_Point]) -> Iterator[_Point]:
+            nonlocal opens
+            for point in points:
+                point.opens, opens = opens, ""
+                yield point
+
+        # where a row without a step belongs: to the row before
+        last = 0
+        if axis is not None and self.seen.steps[axis].present:
+            last = next((s for s in (_step_of(row.get(axis)) for row in self.rows) if s is not None), 0)
+        for number, row in enumerate(self.rows, start=1):
+            account.cells += len(row)
+            if number <= self.headers:
+                account.text += len(row)
+                continue
+            step = None
+            if axis is not None:
+                step = _step_of(row.get(axis))
+                key = hash(repr(row))
+                if key in remembered and row.get(axis) is not None:
+                    account.duplicate += len(row)
+                    tally.dropped_rows += 1
+                    continue
+                remembered[key] = None
+                if len(remembered) > ROWS_REMEMBERED:
+                    del remembered[next(iter(remembered))]
+                of_other = self.rank is not None and _step_of(row.get(self.rank)) not in (lowest_rank, None)
+                if self.first_only and step is not None and step == last and step in at:
+                    of_other = of_other or self._contradicts(at[step], row)
+                if of_other:
+                    account.other_process += len(row)
+                    tally.process_rows += 1
+                    continue
+            cells, clock, epoch, closing = self._sorted(row, tally)
+            if not cells:
+                continue
+            training = not closing and any(not columns[raw].evaluation for raw in cells)
+            own_step = step is not None
+            if axis is None:
+                joins = not training and last in at and not any(raw in at[last].cells for raw in cells)
+                step = last if joins else last + 1
+            elif step is None:
+                step = last
+            assert step is not None
+            last = step
+            point = at.get(step)
+            reason = ""
+            if axis is not None and own_step and training:
+                if newest is not None and step < newest:
+                    reason = f"the step went back from {newest} to {step}"
+                elif point is not None and self._contradicts(point, cells):
+                    reason = f"step {step} was logged again with other values"
+            if reason:
+                yield from released(pending)
+                pending, at, newest, point, opens = [], {}, None, None, reason
+            if point is None:
+                point = at[step] = _Point(step)
+                insort(pending, point, key=lambda p: p.step)
+            for raw, value in cells.items():
+                if raw in point.cells:
+                    same = _same(point.cells[raw], value)
+                    account.duplicate += same
+                    account.superseded += not same
+                point.cells[raw] = value
+            point.time = clock if clock is not None else point.time
+            point.epoch = epoch if epoch is not None and math.isfinite(epoch) else point.epoch
+            if training or newest is None:
+                newest = step if newest is None else max(newest, step)
+            if len(pending) > WINDOW:
+                done = pending.pop(0)
+                del at[done.step]
+                yield from released([done])
+        yield from released(pending)
+
+    def _sorted(self, row: Row, tally: _Tally) -> tuple[dict[str, Any], float | None, float | None, bool]:
+        """A row's cells that are signals, its time and its epoch, and whether it is the Trainer's closing row."""
+        account, columns, texts = tally.account, self.columns, self.texts
         closing = "train_runtime" in row
         cells: dict[str, Any] = {}
         clock = epoch = None
         for raw, value in row.items():
-            column = columns[raw]
-            if column.kind == "step":
-                account.clock += 1
-            elif column.kind == "epoch":
-                account.clock += 1
-                epoch = as_number(value)
-            elif column.kind == "time":
-                clock = _time_of(value)
-                account.clock += 1
-            elif column.kind == "clock":
-                account.clock += 1
-            elif closing and raw in SUMMARY:
-                account.summary += 1
-                summary[raw] = value
-            elif raw in texts:
-                account.text += 1
-            elif value is None:
-                if family.null_is_nan:
-                    cells[raw] = math.nan
-                else:
+            column = columns.get(raw)
+            kind = column.kind if column is not None else "clock"  # of a name that came after the file was scanned
+            if kind == "signal":
+                if closing and raw in SUMMARY:
+                    account.summary += 1
+                    tally.summary[raw] = value
+                elif raw in texts:
+                    account.text += 1
+                elif value is None:
+                    if self.family.null_is_nan:
+                        cells[raw] = math.nan
+                    else:
+                        account.empty += 1
+                elif raw in self.off or (raw in self.sentinels and as_number(value) == self.sentinels[raw]):
                     account.empty += 1
-            else:
-                cells[raw] = value
-        if not cells:
-            continue
-        if step is None:
-            step = last
-        last = step
-        training = not closing and any(not columns[raw].evaluation for raw in cells)
-        point = at.get(step)
-        reason = ""
-        if training and newest is not None and step < newest and axis is not None:
-            reason = f"the step went back from {newest} to {step}"
-        elif training and point is not None and _contradicts(point, cells, columns):
-            reason = f"step {step} was logged again with other values"
-        if reason:
-            segments.append(Segment(len(points), step, reason))
-            at, newest, point = {}, None, None
-        if point is None:
-            point = at[step] = _Point(step)
-            points.append(point)
-        for raw, value in cells.items():
-            if raw in point.cells:
-                same = _same(point.cells[raw], value)
-                account.duplicate += same
-                account.superseded += not same
-            point.cells[raw] = value
-        point.time = clock if clock is not None else point.time
-        point.epoch = epoch if epoch is not None and math.isfinite(epoch) else point.epoch
-        if training or newest is None:
-            newest = step if newest is None else max(newest, step)
+                else:
+                    cells[raw] = value
+                continue
+            account.clock += 1
+            if kind == "epoch":
+                epoch = as_number(value)
+            elif kind == "time":
+                clock = _time_of(value)
+        return cells, clock, epoch, closing
 
-    observations, behind = _observe(points, segments, columns, family, account)
-    segments[0] = Segment(0, observations[0].step if observations else 0, "start")
-    if headers:
-        columns = {raw: c for raw, c in columns.items() if any(raw in row for row in rows[headers:])}
-    notes = _notes(columns, texts, family, account, segments, summary, dropped_rows)
-    if headers:
-        notes.append(f"{_count(headers, 'row')} before the first step describe the run and hold no metric.")
-    return Assembled(observations, segments, account, columns, axis or "row number", summary, notes, behind)
+    def _contradicts(self, point: _Point, cells: Mapping[str, Any]) -> bool:
+        """Whether a row gives other training values for a step that was already read."""
+        return any(
+            raw in point.cells and not self.columns[raw].evaluation and not _same(point.cells[raw], value)
+            for raw, value in cells.items()
+        )
+
+    def _observations(self, tally: _Tally) -> Iterator[_Seen]:
+        family, columns, account = self.family, self.columns, tally.account
+        follow = family.follow() if family.follow is not None else None
+        for point in self._points(tally):
+            cells: dict[str, Any] = {}
+            for raw, value in point.cells.items():
+                column = columns[raw]
+                if column.scale != 1.0:
+                    number = as_number(value)
+                    value = value if number is None else number * column.scale
+                cells[column.name] = value
+            seen = Observation.from_raw(point.step, cells, point.time, point.epoch)
+            account.value += len(seen.signals)
+            account.nonfinite += len(seen.nonfinite)
+            account.unreadable += len(seen.unreadable)
+            for name, derived in family.derived.items():
+                if name not in cells and all(i in seen.signals for i in derived.inputs):
+                    value = derived.formula(*(seen.signals[i] for i in derived.inputs))
+                    if math.isfinite(value):
+                        seen.signals[name] = value  # type: ignore[index]
+            if follow is not None:
+                follow(seen)
+            yield _Seen(seen, len(cells), point.opens)
+
+    # ------------------------------------------------------------------ notes
+
+    def _notes(self, tally: _Tally, segments: Sequence[Segment]) -> list[str]:
+        columns, texts, family, account = self.columns, self.texts, self.family, tally.account
+        seen = [c for c in columns.values() if c.kind == "signal" and c.raw not in texts]
+        notes = []
+        renamed = {c.raw: c.name for c in seen if c.raw != c.name}
+        if renamed:
+            notes.append("Read under our names: " + _some([f"{raw} as {ours}" for raw, ours in renamed.items()]) + ".")
+        notes.extend(dict.fromkeys(m for c in seen if (m := _meaning(c.raw, family)) is not None))
+        unknown = [c.name for c in seen if not is_known(c, family) and c.raw not in tally.summary]
+        if unknown:
+            notes.append(f"Kept under their own names, no rule reads them: {_some(unknown)}.")
+        if texts:
+            notes.append(f"Text, not metrics: {_some(sorted(texts))}.")
+        for segment in segments[1:6]:
+            notes.append(f"A new segment begins at step {segment.step}: {segment.reason}.")
+        if len(segments) > 6:
+            notes.append(f"{len(segments) - 6} more segments begin later, the same way.")
+        if tally.dropped_rows:
+            notes.append(f"{count_of(tally.dropped_rows, 'row')} identical to an earlier one were dropped.")
+        if tally.process_rows:
+            how = f"by {self.rank!r}" if self.rank is not None else "they agree in what all processes share"
+            notes.append(
+                f"{count_of(tally.process_rows, 'row')} were written by another process ({how}); one row a step counts."
+            )
+        if account.superseded:
+            notes.append(
+                f"{count_of(account.superseded, 'value')} were logged again at the same step; the last one counts."
+            )
+        if account.unreadable:
+            notes.append(f"{count_of(account.unreadable, 'value')} are no numbers.")
+        if self.off:
+            notes.append(
+                f"Always 0, which {family.title or family.name} writes for what is off: {_some(sorted(self.off))}."
+            )
+        if family.null_is_nan:
+            notes.append("This format writes NaN as null, so null was read as NaN.")
+        if family.drops_nan:
+            notes.append(
+                f"{family.title or family.name} leaves out what is not finite: a NaN cannot be told from a gap."
+            )
+        if self.headers:
+            notes.append(f"{count_of(self.headers, 'row')} before the first step describe the run and hold no metric.")
+        if tally.summary:
+            numbers = {k: v for k, v in tally.summary.items() if k in ("train_runtime", "train_loss")}
+            notes.append(f"The closing row of the run was kept apart: {json.dumps(numbers, default=str)}.")
+        return notes
 
 
-def _headers(rows: Sequence[Row], axis: str) -> int:
-    """How many rows at the start describe the run: they have no step, and no name in common with any later row."""
-    count = next((i for i, row in enumerate(rows) if _step_of(row.get(axis)) is not None), 0)
-    if count == 0:
-        return 0
-    later = {name for row in rows[count:] for name in row} - CLOCKS
-    return count if all(later.isdisjoint(row) for row in rows[:count]) else 0
-
-
-def _contradicts(point: _Point, cells: Mapping[str, Any], columns: Mapping[str, Column]) -> bool:
-    """Whether a row gives other training values for a step that was already read."""
-    return any(
-        raw in point.cells and not columns[raw].evaluation and not _same(point.cells[raw], value)
-        for raw, value in cells.items()
-    )
+def _meaning(raw: str, family: Family) -> str | None:
+    name = tidy(raw)
+    for prefix in ("", "train/", "training/", "eval/"):
+        if name.startswith(prefix) and (found := family.meanings.get(name.removeprefix(prefix))) is not None:
+            return found
+    return None
 
 
 def _same(a: Any, b: Any) -> bool:
     return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and a != a and b != b)
-
-
-def _text_columns(rows: Sequence[Row], columns: Mapping[str, Column], family: Family) -> set[str]:
-    """Columns of words: no table knows them and they never hold a number."""
-    candidates = {c.raw for c in columns.values() if c.kind == "signal" and not is_known(c, family)}
-    filled: set[str] = set()
-    for row in rows:
-        for raw in [r for r in row if r in candidates]:
-            value = row[raw]
-            if value is None:
-                continue
-            filled.add(raw)
-            if as_number(value) is not None:
-                candidates.discard(raw)
-    return candidates & filled
 
 
 def _time_of(value: Any) -> float | None:
@@ -287,122 +607,15 @@ def _time_of(value: Any) -> float | None:
     return None
 
 
-def _observe(
-    points: list[_Point],
-    segments: list[Segment],
-    columns: Mapping[str, Column],
-    family: Family,
-    account: Account,
-) -> tuple[list[Observation], list[int]]:
-    """Points as observations, in order of step within each segment, and the cells behind each."""
-    starts = [s.first for s in segments] + [len(points)]
-    ordered: list[_Point] = []
-    for first, end in pairwise(starts):
-        ordered.extend(sorted(points[first:end], key=lambda p: p.step))  # late evaluations of an earlier step
-    observations: list[Observation] = []
-    behind: list[int] = []
-    for point in ordered:
-        cells: dict[str, Any] = {}
-        for raw, value in point.cells.items():
-            column = columns[raw]
-            if column.scale != 1.0:
-                number = as_number(value)
-                value = value if number is None else number * column.scale
-            cells[column.name] = value
-        seen = Observation.from_raw(point.step, cells, point.time, point.epoch)
-        behind.append(len(cells))
-        account.value += len(seen.signals)
-        account.nonfinite += len(seen.nonfinite)
-        account.unreadable += len(seen.unreadable)
-        for name, derived in family.derived.items():
-            if name not in cells and all(i in seen.signals for i in derived.inputs):
-                value = derived.formula(*(seen.signals[i] for i in derived.inputs))
-                if math.isfinite(value):
-                    seen.signals[name] = value  # type: ignore[index]
-        observations.append(seen)
-    return observations, behind
-
-
-def _filled_forward(made: Assembled) -> None:
-    """Drop observations that only repeat the one before, where a logger wrote its last values at every step.
+def _repeats(a: Observation, b: Observation) -> bool:
+    """Whether a row only repeats the one before, because its logger wrote its last values at every step.
 
     Counted as such only where many rows do so and each has a loss or gradient norm that is not zero: a training step
     does not reproduce those to the last digit, so they were not measured again.
     """
-    repeats = [
-        i
-        for i in range(1, len(made.observations))
-        if _repeats(made.observations[i - 1], made.observations[i]) and not any(s.first == i for s in made.segments)
-    ]
-    if len(repeats) < max(5, REPEAT_SHARE * len(made.observations)):
-        return
-    dropped = set(repeats)
-    for i in repeats:
-        unreadable = len(made.observations[i].unreadable)
-        made.account.unreadable -= unreadable
-        made.account.value -= made.cells[i] - unreadable
-        made.account.duplicate += made.cells[i]
-    before = [0]
-    for i in range(len(made.observations)):
-        before.append(before[-1] + (i in dropped))
-    made.segments = [Segment(s.first - before[s.first], s.step, s.reason) for s in made.segments]
-    made.observations = [o for i, o in enumerate(made.observations) if i not in dropped]
-    made.cells = [n for i, n in enumerate(made.cells) if i not in dropped]
-    made.notes.append(
-        f"{_count(len(repeats), 'row')} only repeat the row before (the logger wrote its last values at every step); "
-        f"each measurement was counted once, which leaves {len(made.observations)}."
-    )
-
-
-def _repeats(a: Observation, b: Observation) -> bool:
     if a.nonfinite or b.nonfinite or a.signals != b.signals or a.unreadable != b.unreadable:
         return False
     return any(b.signals.get(name) for name in ("loss", "grad_norm")) and len(b.signals) >= 3
-
-
-# ---------------------------------------------------------------------- notes
-
-
-def _notes(
-    columns: Mapping[str, Column],
-    texts: set[str],
-    family: Family,
-    account: Account,
-    segments: Sequence[Segment],
-    summary: Mapping[str, Any],
-    dropped_rows: int,
-) -> list[str]:
-    notes = []
-    renamed = {
-        c.raw: c.name for c in columns.values() if c.kind == "signal" and c.raw != c.name and c.raw not in texts
-    }
-    if renamed:
-        notes.append("Read under our names: " + _some([f"{raw} as {ours}" for raw, ours in renamed.items()]) + ".")
-    unknown = [
-        c.name
-        for c in columns.values()
-        if c.kind == "signal" and c.raw not in texts and not is_known(c, family) and c.raw not in summary
-    ]
-    if unknown:
-        notes.append(f"Kept under their own names, no rule reads them: {_some(unknown)}.")
-    if texts:
-        notes.append(f"Text, not metrics: {_some(sorted(texts))}.")
-    for segment in segments[1:6]:
-        notes.append(f"A new segment begins at step {segment.step}: {segment.reason}.")
-    if len(segments) > 6:
-        notes.append(f"{len(segments) - 6} more segments begin later, the same way.")
-    if dropped_rows:
-        notes.append(f"{_count(dropped_rows, 'row')} identical to an earlier one were dropped.")
-    if account.superseded:
-        notes.append(f"{_count(account.superseded, 'value')} were logged again at the same step; the last one counts.")
-    if account.unreadable:
-        notes.append(f"{_count(account.unreadable, 'value')} are no numbers.")
-    if family.null_is_nan:
-        notes.append("This format writes NaN as null, so null was read as NaN.")
-    if summary:
-        numbers = {k: v for k, v in summary.items() if k in ("train_runtime", "train_loss")}
-        notes.append(f"The closing row of the run was kept apart: {json.dumps(numbers, default=str)}.")
-    return notes
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,54 @@ _STATE_FIELDS = {
 
 
 def read_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings by field name, from a mapping or a YAML or JSON file.
+    """Settings as they are named there, from a mapping or a YAML, JSON or TOML file.
 
     Raises:
-        UnreadableLog: the file is missing, no YAML or JSON, or no mapping of names to values.
+        UnreadableLog: the file is missing, none of the three, or no mapping of names to values.
     """
     if source is None:
         return {}
     if isinstance(source, Mapping):
         return {str(k): v for k, v in source.items()}
-    path = Path(source)
+    return {name: _number_if_one(value) for name, value in load(Path(source)).items()}
+
+
+def load(path: Path, max_yaml: int = MAX_CONFIG) -> dict[str, Any]:
+    """A configuration file as it stands: TOML by its name, else JSON or YAML by its content.
+
+    Args:
+        max_yaml: bytes up to which YAML is read, which takes seconds a megabyte.
+
+    Raises:
+        UnreadableLog: the file is missing, too large, none of the three, or no mapping of names to values.
+    """
     try:
-        if path.stat().st_size > MAX_CONFIG:
+        with path.open("rb") as handle:
+            data = handle.read(MAX_CONFIG + 1)
+        if len(data) > MAX_CONFIG:
             raise UnreadableLog(f"{path}: is larger than {MAX_CONFIG // 2**20} MiB, which no configuration is.")
-        text = path.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise UnreadableLog(f"{path}: the configuration cannot be read ({error.strerror or error}).") from None
     except UnicodeDecodeError as error:
         raise UnreadableLog(f"{path}: is not UTF-8 text (byte {error.start}), so it is no configuration.") from None
+    value = _parse(path, text, max_yaml)
+    if not isinstance(value, dict):
+        raise UnreadableLog(f"{path}: must hold settings as `name: value`, not a {type(value).__name__}.")
+    return {str(k): v for k, v in value.items()}
+
+
+def _parse(path: Path, text: str, max_yaml: int) -> Any:
     try:
-        value = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
+        if text.lstrip().startswith("{"):
+            return json.loads(text)
+        if len(text) > max_yaml:
+            raise UnreadableLog(f"{path}: is larger than {max_yaml // 1024} KiB, which no configuration in YAML is.")
+        return yaml.safe_load(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UnreadableLog(f"{path}: is not valid TOML ({error}).") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else "?"
         raise UnreadableLog(f"{path}: line {line} is not valid YAML ({error.problem}).") from None
@@ -54,9 +83,6 @@ def read_config(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]
         raise UnreadableLog(f"{path}: line {error.lineno} is not valid JSON ({error.msg}).") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UnreadableLog(f"{path}: is neither YAML nor JSON ({type(error).__name__}).") from None
-    if not isinstance(value, dict):
-        raise UnreadableLog(f"{path}: must hold settings as `name: value`, not a {type(value).__name__}.")
-    return {str(k): _number_if_one(v) for k, v in value.items()}
 
 
 def _number_if_one(value: Any) -> Any:
@@ -79,9 +105,9 @@ def config_of_state(extra: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def total_steps_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """Planned steps, from the config or a column that says so in every row."""
-    for value in (config.get("max_steps"), rows[-1].get("total_steps") if rows else None):
+def total_steps_of(config: Mapping[str, Any], last: Mapping[str, Any]) -> int | None:
+    """Planned steps, from the config or a column that says so in every row, of which `last` is the last."""
+    for value in (config.get("max_steps"), last.get("total_steps")):
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
             return int(value)
     return None
@@ -105,7 +131,7 @@ def points_per_log(config: Mapping[str, Any]) -> int | None:
     return max(1, int(logging * accumulation / (per_generation * iterations)))
 
 
-def infer_method(names: set[str], observations: Sequence[Observation]) -> tuple[str, str]:
+def infer_method(names: set[str], observations: Iterable[Observation]) -> tuple[str, str]:
     """The training method that the signals speak for, and one sentence why; "unknown" where they do not tell."""
 
     def has(*wanted: str) -> bool:

@@ -5,7 +5,8 @@ needs 16 completions at least. Values that were rounded when they were printed m
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from outspoken.diagnostics import signals
 from outspoken.diagnostics.records import Observation
@@ -13,6 +14,7 @@ from outspoken.diagnostics.records import Observation
 LARGEST = 512  # denominators tried; a random number matches one of them with a chance of 1.6 %
 PRECISION = 6e-8  # of a float32 below 1
 SUPPORT = 3  # points that must need the same denominator
+LOOKED_AT = 5_000  # points
 AGREE = 0.8  # share of points whose denominator must divide it
 
 
@@ -44,26 +46,39 @@ def least_trials(shares: Sequence[float]) -> int:
     return 1
 
 
-def add_least_trials(observations: Sequence[Observation], config: dict[str, object], floor: int) -> dict[str, int]:
-    """Write `<share>#n` beside each share whose trials neither the log nor the config counts.
+def bounds_of_trials(
+    observations: Iterable[Observation], names: Iterable[str], config: dict[str, object], floor: int
+) -> dict[str, int]:
+    """Share -> the least number of trials a point of it stands for, where neither the log nor the config counts them.
 
-    `floor` is what a point stands for at least, whatever its fractions say (the completions of a group).
-
-    Returns:
-        share -> the bound that was written.
+    Args:
+        names: of all signals of the run.
+        floor: what a point stands for at least, whatever its fractions say (the completions of a group).
     """
-    names = {name for o in observations for name in o.signals}
-    written: dict[str, int] = {}
+    names = set(names)
+    shares: dict[str, list[float]] = {}
     for name in sorted(names):
         weight = None if name.startswith("eval_") else signals.weight_of(name)
-        if weight is None or weight in names or signals.implied_trials(name, config) is not None:
-            continue
-        bound = least_trials([o.signals[name] for o in observations if name in o.signals])
-        bound = max(bound, floor if weight == "num_completions" else 1)
+        if weight is not None and weight not in names and signals.implied_trials(name, config) is None:
+            shares[name] = []
+    if not shares:
+        return {}
+    for observation in islice(observations, LOOKED_AT):
+        for name, values in shares.items():
+            if name in observation.signals:
+                values.append(observation.signals[name])
+    bounds = {}
+    for name, values in shares.items():
+        bound = max(least_trials(values), floor if signals.weight_of(name) == "num_completions" else 1)
         if bound > 1:
-            written[name] = bound
+            bounds[name] = bound
+    return bounds
+
+
+def with_trials(observations: Iterable[Observation], bounds: Mapping[str, int]) -> Iterator[Observation]:
+    """The observations, with `<share>#n` beside each share that has a bound."""
     for observation in observations:
-        for name, bound in written.items():
+        for name, bound in bounds.items():
             if name in observation.signals:
                 observation.signals[f"{name}#n"] = float(bound)  # type: ignore[index]
-    return written
+        yield observation

@@ -1,0 +1,103 @@
+"""Which log of a directory to read."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from outspoken.diagnostics.sources import mlflow_files, wandb_files
+from outspoken.diagnostics.sources.files import UnreadableLog
+
+MAX_ENTRIES = 20_000  # of a directory tree that is looked through
+OTHERS_SHOWN = 5
+
+# What to look for, best first: what is written once per logged step and loses nothing comes first. Of several matches
+# of one pattern the newest is taken.
+_PATTERNS = (
+    "trainer_state.json",
+    "metrics.jsonl",
+    "checkpoint-*/trainer_state.json",
+    "trainer_log.jsonl",
+    "log.jsonl",
+    "log.jsonl.gz",
+    "metrics.csv",
+    "lightning_logs/version_*/metrics.csv",
+    "version_*/metrics.csv",
+    "orchestrator/metrics.jsonl",
+    "trainer/metrics.jsonl",
+    "*/metrics.jsonl",
+    "streams/stats*/**/*.jsonl",
+    "log_*.jsonl",
+    "log_*.txt",
+    "*.jsonl",
+    "*.wandb",
+    "wandb/latest-run",
+    "wandb/run-*",
+    "wandb/offline-run-*",
+    "*tfevents*",
+    "runs/*/*tfevents*",
+    "**/*tfevents*",
+    "mlruns",
+    "mlflow.db",
+    "*.log",
+    "*.out",
+    "*.csv",
+)
+_NOT_LOGS = (
+    "completions",
+    "dataset",
+    "data",
+    "samples",
+    "eval_results",
+    "checkpoints.jsonl",
+    "timing_spans",
+    "trace_",
+)
+
+
+def find_log(directory: Path, notes: list[str]) -> Path:
+    """The log to read of a directory, which may itself be a run of W&B, MLflow or TensorBoard.
+
+    Raises:
+        UnreadableLog: there is none.
+    """
+    if wandb_files.is_wandb_directory(directory) or mlflow_files.is_mlflow(directory):
+        return directory
+    found: list[Path] = []
+    for pattern in _PATTERNS:
+        matches = sorted(_matches(directory, pattern), key=_newness, reverse=True)
+        if matches:
+            found.append(matches[0] if "tfevents" not in pattern else matches[0].parent)
+    found = list(dict.fromkeys(found))
+    if not found:
+        raise UnreadableLog(f"{directory}: holds no log of a usual name; give the file itself.")
+    if len(found) > 1:
+        names = [str(path.relative_to(directory)) for path in found[1:] if path != directory]
+        if names:
+            shown = ", ".join(names[:OTHERS_SHOWN]) + (" …" if len(names) > OTHERS_SHOWN else "")
+            notes.append(f"Read {found[0].relative_to(directory)}; also there: {shown}.")
+    return found[0]
+
+
+def _matches(directory: Path, pattern: str) -> Iterator[Path]:
+    for looked_at, path in enumerate(directory.glob(pattern)):
+        if looked_at > MAX_ENTRIES:
+            return
+        name = path.name
+        if not any(name.startswith(word) for word in _NOT_LOGS) and _size(path) > 0:
+            yield path
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _newness(path: Path) -> tuple[int, float, str]:
+    """Checkpoints by their step, all else by when it was written."""
+    _, _, number = path.parent.name.rpartition("checkpoint-")
+    try:
+        return (int(number) if number.isdigit() else -1, path.stat().st_mtime, path.name)
+    except OSError:
+        return (-1, 0.0, path.name)

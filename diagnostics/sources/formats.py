@@ -1,0 +1,194 @@
+"""From a file or directory to raw rows: which container it is, told by content, and the rows in it.
+
+A row is a dict of what stood there, in order. Nothing is judged here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from outspoken.diagnostics.sources import console, mlflow_files, notebook, tensorboard, wandb_files
+from outspoken.diagnostics.sources.again import Again
+from outspoken.diagnostics.sources.csv_rows import csv_rows, delimiter_of
+from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, head_of, lines_of, text_of
+from outspoken.diagnostics.sources.json_rows import Document, Lines, document_rows, line_rows, loads, scan
+
+CONTAINERS = ("trainer_state", "jsonl", "json", "csv", "console", "notebook", "tensorboard", "wandb", "mlflow")
+KEPT_CELLS = 2_000_000  # of a file's rows in memory, some 150 MB; a larger file is read again for each pass
+
+
+@dataclass
+class RawLog:
+    """Raw rows, and what was met while they were read.
+
+    Attributes:
+        path: what was read: a file, or the directory of a run.
+        format: one of CONTAINERS.
+        rows: flat rows, nested names joined by "/".
+        extra: what stood beside the rows, e.g. the other fields of trainer_state.json.
+        style: of a console's lines.
+        notes: one sentence each; complete after the first whole pass over the rows.
+        met: of JSON lines, the same.
+    """
+
+    path: Path
+    format: str
+    rows: Again[Row]
+    extra: dict[str, Any] = field(default_factory=dict)
+    style: str | None = None
+    notes: list[str] = field(default_factory=list)
+    met: Lines = field(default_factory=Lines)
+
+
+def read_raw(path: Path, container: str | None = None) -> RawLog:
+    """A log's rows; `container` (one of CONTAINERS) overrides what its content says.
+
+    Raises:
+        UnreadableLog: missing, empty, binary, not UTF-8, too long a line, or no format that is known here. Also while
+            the rows are gone through.
+    """
+    kind, head = _kind(path, container)
+    if kind in ("json", "trainer_state"):
+        return _document(path, kind)
+    met = Lines()
+    style: str | None = None
+    make: Callable[[list[str]], Iterator[Row]]
+    if kind == "jsonl":
+        make = partial(line_rows, path, met=met)
+    elif kind == "csv":
+        make = partial(csv_rows, path)
+    elif kind == "console":
+        style = console.find_style(_lines(head))
+        if style is None:
+            raise UnreadableLog(f"{path}: no line of it holds metrics in a form that is known here.")
+        make = partial(_console_rows, path, style)
+    elif kind == "notebook":
+        make = partial(notebook.rows, path)
+    elif kind == "tensorboard":
+        make = partial(tensorboard.rows, event_files(path))
+    elif kind == "wandb":
+        make = partial(wandb_files.rows, path)
+    else:
+        make = partial(mlflow_files.rows, path)
+    notes: list[str] = []
+    return RawLog(path, kind, _again(make, notes), style=style, notes=notes, met=met)
+
+
+def _console_rows(path: Path, style: str, notes: list[str]) -> Iterator[Row]:
+    return console.rows(lines_of(path, notes, strict=False), style, path, notes)
+
+
+def _again(make: Callable[[list[str]], Iterator[Row]], notes: list[str]) -> Again[Row]:
+    """Rows of a file; the first whole pass over them leaves its notes."""
+    done = False
+
+    def begin() -> Iterator[Row]:
+        nonlocal done
+        told: list[str] = []
+        yield from make(told)
+        if not done:
+            notes[:], done = told, True
+
+    return Again(begin, len, KEPT_CELLS)
+
+
+def _document(path: Path, kind: str) -> RawLog:
+    found: Document = scan(path)
+    key = found.key
+    if kind == "trainer_state" and key != "log_history":
+        raise UnreadableLog(f'{path}: has no "log_history", which trainer_state.json has.')
+    notes: list[str] = []
+    if key is None:
+        if found.columns is None:
+            raise UnreadableLog(f"{path}: is JSON, but holds no list of logged rows.")
+        columns = found.columns
+        return RawLog(path, "json", Again(lambda: iter(columns), len, KEPT_CELLS), notes=notes)
+    if found.others:
+        notes.append(f"{count_of(found.others, 'entry', 'entries')} of {key} are no rows and were skipped.")
+    rows = Again(lambda: document_rows(path, key), len, KEPT_CELLS)
+    return RawLog(path, "trainer_state" if key == "log_history" else "json", rows, found.extra, notes=notes)
+
+
+# ---------------------------------------------------------------------- which container
+
+
+def event_files(path: Path) -> list[Path]:
+    """The TensorBoard files that `path` is, or that lie in it."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.glob("*tfevents*") if p.is_file()) or sorted(path.rglob("*tfevents*"))
+
+
+def _kind(path: Path, container: str | None) -> tuple[str, bytes]:
+    """The container and, of a text file, its head."""
+    if path.is_dir():
+        if container is not None and container not in ("mlflow", "wandb", "tensorboard"):
+            raise UnreadableLog(f"{path}: is a directory, and {container} is a file; give the file itself.")
+        for kind, holds in (
+            ("mlflow", mlflow_files.is_mlflow),
+            ("wandb", wandb_files.is_wandb_directory),
+            ("tensorboard", lambda p: bool(event_files(p))),
+        ):
+            if kind == container or (container is None and holds(path)):
+                return kind, b""
+        raise UnreadableLog(f"{path}: holds no log that is known here; give the file itself.")
+    head = head_of(path)
+    if container in ("tensorboard", "wandb", "mlflow"):
+        return container, head
+    if wandb_files.is_wandb_file(head):
+        return "wandb", head
+    if tensorboard.is_event_file(path, head):
+        return "tensorboard", head
+    if head.startswith(b"SQLite format 3") and mlflow_files.is_mlflow(path):
+        return "mlflow", head
+    text = text_of(path, head)
+    return container or _told_by(path, text, head), head
+
+
+def _told_by(path: Path, text: str, head: bytes) -> str:
+    """The container that a text file's content speaks for."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    if notebook.is_notebook(text):
+        return "notebook"
+    if first.startswith("{") and (kind := _json_kind(first)) is not None:
+        return kind
+    if first.startswith("[") and _begins_a_list_of_rows(text):
+        return "json"
+    if console.find_style(_lines(head)) is not None:
+        return "console"
+    if first.startswith(("{", "[")):
+        return "jsonl" if first.startswith("{") else "json"
+    if delimiter_of(first) is not None:
+        return "csv"
+    raise UnreadableLog(
+        f"{path}: line 1 is neither JSON nor a CSV header, and no line holds metrics ({first[:60]!r})."
+    )
+
+
+def _json_kind(first: str) -> str | None:
+    """Lines or a document, told by the first line; None where it is no JSON."""
+    try:
+        value = loads(first)
+    except (ValueError, RecursionError):
+        # `{` alone, or `{"log_history": [`: a document over several lines, or one longer than what was looked at.
+        opens = first == "{" or '"log_history"' in first or len(first) > 30_000 or first.endswith(("{", "[", ","))
+        return "json" if opens else None
+    if not isinstance(value, dict):
+        return None
+    lists = [v for v in value.values() if isinstance(v, list) and v]
+    of_rows = [v for v in lists if all(isinstance(row, dict) for row in v)]
+    columns = len(lists) == len(value) and len({len(v) for v in lists}) == 1 and len(lists[0]) >= 2
+    return "json" if "log_history" in value or len(of_rows) == 1 or columns else "jsonl"
+
+
+def _begins_a_list_of_rows(text: str) -> bool:
+    return text.lstrip("\ufeff \t\r\n[").startswith("{")
+
+
+def _lines(head: bytes) -> list[str]:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return head.decode("utf-16", errors="replace").splitlines()
+    return head.decode("utf-8", errors="replace").splitlines()

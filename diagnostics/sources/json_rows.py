@@ -1,0 +1,306 @@
+"""Rows of JSON: one object a line, or one document that holds a list of rows, or a list of numbers for each name.
+
+Documents are read piece by piece, so that memory does not grow with them. Numbers stay what the parser made of them,
+NaN and Infinity included.
+"""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from outspoken.diagnostics.sources.files import MAX_LINE, Row, UnreadableLog, count_of, lines_of, open_bytes
+
+MAX_BAD_SHARE = 0.5  # of lines that cannot be parsed; beyond it the file is not what it seems
+MAX_DEPTH = 4  # of nested objects that are flattened to a/b/c
+MAX_COLUMN = 256 * 1024 * 1024  # characters of one value beside the rows, e.g. a list of numbers
+CHUNK = 256 * 1024  # characters read at a time
+SKIPPED_SHOWN = 10
+
+
+class _Pairs(dict[str, Any]):
+    """An object in which a name stood twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    return made if len(made) == len(pairs) else _Pairs(made)
+
+
+def _integer(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:  # more digits than Python reads
+        return float(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+
+
+def loads(text: str) -> Any:
+    return _DECODER.decode(text)
+
+
+def flatten(row: dict[str, Any], depth: int = MAX_DEPTH) -> Row:
+    """A row without nested objects: `{"reward": {"mean": 1}}` becomes `{"reward/mean": 1}`. Our own records stay."""
+    if not any(isinstance(value, dict) for value in row.values()):
+        return row
+    if str(row.get("schema", "")).startswith("outspoken."):
+        return row
+    flat: Row = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and value and depth > 0:
+            # verl and others wrap the metrics in one object
+            prefix = "" if name in ("data", "metrics") else f"{name}/"
+            for inner, leaf in flatten(value, depth - 1).items():
+                key = f"{prefix}{inner}"
+                flat[key if key not in flat else f"{name}/{inner}"] = leaf
+        else:
+            flat[name] = value
+    return flat
+
+
+# ---------------------------------------------------------------------- lines
+
+
+@dataclass
+class Lines:
+    """What a pass over JSON lines met. wrapped: whether most metrics stood in an inner object, `{"data": {…}}`."""
+
+    wrapped: bool = False
+
+
+def line_rows(path: Path, notes: list[str], met: Lines) -> Iterator[Row]:
+    """The objects of a file of JSON lines.
+
+    Raises:
+        UnreadableLog: more than half of the lines are no objects, or there is none.
+    """
+    skipped: list[int] = []
+    bad = count = twice = last = wrapped = 0
+    last_ended = True
+    for number, text, ended in lines_of(path, notes):
+        if not text or text.isspace():
+            continue
+        last, last_ended = number, ended
+        try:
+            value = loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            bad += 1
+            if len(skipped) <= SKIPPED_SHOWN:
+                skipped.append(number)
+            continue
+        count += 1
+        twice += isinstance(value, _Pairs)
+        wrapped += isinstance(value.get("data"), dict)
+        yield flatten(value)
+    if bad and bad > max(1, MAX_BAD_SHARE * (count + bad)):
+        raise UnreadableLog(f"{path}: line {skipped[0]} is not a JSON object, nor are {bad - 1} other lines.")
+    if bad and not count:
+        raise UnreadableLog(f"{path}: line {skipped[0]} is not a complete JSON object.")
+    met.wrapped = 2 * wrapped > count
+    if skipped == [last] and not last_ended:
+        notes.append(f"Line {last}, the last, was cut off while it was written; it was skipped.")
+    elif skipped:
+        shown = ", ".join(map(str, skipped[:SKIPPED_SHOWN])) + (" …" if bad > SKIPPED_SHOWN else "")
+        were = "was" if bad == 1 else "were"
+        notes.append(f"{count_of(bad, 'line')} could not be parsed and {were} skipped: {shown}.")
+    if twice:
+        notes.append(f"{count_of(twice, 'row')} held a name twice; the last value of it was kept.")
+
+
+# ---------------------------------------------------------------------- documents
+
+
+@dataclass
+class Document:
+    """What a JSON document holds.
+
+    Attributes:
+        key: under which name its rows stand; "" if the document is the list of them; None if it has no such list.
+        columns: rows made of lists of numbers, one list a name, where there are such lists and nothing else.
+        extra: what stands beside the rows.
+        others: entries of the list that are no objects.
+    """
+
+    key: str | None = None
+    columns: list[Row] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    others: int = 0
+
+
+class _Reader:
+    """A document as text that is read as it is needed."""
+
+    def __init__(self, path: Path, handle: IO[bytes]):
+        self.path, self._handle = path, handle
+        self._head = handle.read(2)  # opened before, so it can be unpacked
+        utf16 = self._head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        self._decode = codecs.getincrementaldecoder("utf-16" if utf16 else "utf-8-sig")().decode
+        self.text, self.at, self._line, self._over = "", 0, 1, False
+
+    def _more(self, size: int = CHUNK) -> bool:
+        """Read on; what was used is let go. False at the end."""
+        new = ""
+        while not new and not self._over:
+            try:
+                data = self._head + self._handle.read(size)
+            except (EOFError, gzip.BadGzipFile, zlib.error, OSError):
+                raise UnreadableLog(f"{self.path}: is a damaged gzip file.") from None
+            self._over, self._head = not data, b""
+            try:
+                new = self._decode(data, self._over)
+            except UnicodeDecodeError as error:
+                line = self.line(len(self.text)) + data[: error.start].count(b"\n")
+                byte = error.object[error.start]
+                raise UnreadableLog(f"{self.path}: line {line} is not UTF-8 text (byte 0x{byte:02x}).") from None
+        if new:
+            self._line += self.text.count("\n", 0, self.at)
+            self.text, self.at = self.text[self.at :] + new, 0
+        return bool(new)
+
+    def line(self, at: int | None = None) -> int:
+        return self._line + self.text.count("\n", 0, self.at if at is None else at)
+
+    def peek(self) -> str:
+        """The next character that is no space, "" at the end; `at` stands on it."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if not self._more():
+                return ""
+
+    def expect(self, what: str) -> None:
+        found = self.peek()
+        if found != what:
+            raise self.broken(f"expected {what!r}" + (f", found {found!r}" if found else ""))
+        self.at += 1
+
+    def value(self, limit: int) -> Any:
+        """The next value, whole.
+
+        Raises:
+            UnreadableLog: it is no JSON, or longer than `limit` characters.
+        """
+        self.peek()
+        size = CHUNK
+        while True:
+            try:
+                made, end = _DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or not self._more(size):  # a number at the edge may go on
+                    self.at = end
+                    return made
+            except json.JSONDecodeError as error:
+                if len(self.text) - self.at > limit:
+                    raise UnreadableLog(
+                        f"{self.path}: line {self.line()} begins a value longer than {limit // 2**20} MiB, "
+                        "which no row is."
+                    ) from None
+                if not self._more(size):
+                    raise UnreadableLog(
+                        f"{self.path}: line {self._line + error.lineno - 1} is not valid JSON ({error.msg}); "
+                        "is it cut off?"
+                    ) from None
+            except (ValueError, RecursionError) as error:
+                raise UnreadableLog(f"{self.path}: is not readable JSON ({type(error).__name__}).") from None
+            size *= 2
+
+    def broken(self, why: str) -> UnreadableLog:
+        return UnreadableLog(f"{self.path}: line {self.line()} is not valid JSON ({why}); is it cut off?")
+
+    def elements(self) -> Iterator[Any]:
+        """The values of the list that comes next."""
+        self.expect("[")
+        if self.peek() == "]":
+            self.at += 1
+            return
+        while True:
+            yield self.value(MAX_LINE)
+            if self.peek() == "]":
+                self.at += 1
+                return
+            self.expect(",")
+
+    def members(self) -> Iterator[str]:
+        """The names of the object that comes next; whoever asks takes each value before going on."""
+        self.expect("{")
+        if self.peek() == "}":
+            self.at += 1
+            return
+        while True:
+            if self.peek() != '"':
+                raise self.broken("expected a name in double quotes")
+            name = str(self.value(MAX_LINE))
+            self.expect(":")
+            yield name
+            if self.peek() == "}":
+                self.at += 1
+                return
+            self.expect(",")
+
+
+def scan(path: Path) -> Document:
+    """What a JSON document holds, gone through once.
+
+    Raises:
+        UnreadableLog: it is no JSON, or cut off.
+    """
+    found = Document()
+    lists: dict[str, tuple[int, int]] = {}  # name -> objects and other entries of the list
+    columns: dict[str, list[Any]] = {}
+    with open_bytes(path) as handle:
+        document = _Reader(path, handle)
+        if document.peek() == "[":
+            lists[""] = _count_objects(document, [])
+        else:
+            for name in document.members():
+                if document.peek() == "[":
+                    lists[name] = _count_objects(document, columns.setdefault(name, []))
+                else:
+                    found.extra[name] = document.value(MAX_COLUMN)
+        if document.peek():
+            raise document.broken("it goes on after its end")
+    rows = [name for name, (objects, others) in lists.items() if objects and not others]
+    if "log_history" in lists:
+        found.key = "log_history"
+    elif len(rows) == 1:
+        found.key = rows[0]
+    if found.key is not None:
+        found.others = lists[found.key][1]
+    elif columns and len({len(v) for v in columns.values()}) == 1 and len(next(iter(columns.values()))) >= 2:
+        found.columns = [dict(zip(columns, cells)) for cells in zip(*columns.values())]
+    return found
+
+
+def _count_objects(document: _Reader, numbers: list[Any]) -> tuple[int, int]:
+    """How many objects and how many other entries the list holds that comes next; the others go into `numbers`."""
+    objects = others = 0
+    for value in document.elements():
+        if isinstance(value, dict):
+            objects += 1
+        else:
+            others += 1
+            numbers.append(value)
+    return objects, others
+
+
+def document_rows(path: Path, key: str) -> Iterator[Row]:
+    """The objects of the list under `key`, "" for the document itself."""
+    with open_bytes(path) as handle:
+        document = _Reader(path, handle)
+        if not key:
+            yield from (flatten(value) for value in document.elements() if isinstance(value, dict))
+            return
+        for name in document.members():
+            if name == key:
+                yield from (flatten(value) for value in document.elements() if isinstance(value, dict))
+                return
+            document.value(MAX_COLUMN)

@@ -1,0 +1,12 @@
+# placeholder
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def is_mlflow(path: Path) -> bool:
+    return False
+
+
+def rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    return iter(())
