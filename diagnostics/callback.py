@@ -17,30 +17,35 @@ import os
 import platform
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-import outspoken
 from outspoken.diagnostics import changes, live, torch_probes
 from outspoken.diagnostics import probes as host_probes
 from outspoken.diagnostics.engine import Engine
 from outspoken.diagnostics.groups import RewardRange, group_signals
+from outspoken.diagnostics.journal import (
+    RUN_FOLDER,
+    Harmless,
+    Journal,
+    guarded,
+    make_sinks,
+    new_run_id,
+    previous_run,
+    replay,
+    run_record,
+)
 from outspoken.diagnostics.patches import PatchRefused, check_patch, same_value
-from outspoken.diagnostics.recorder import GroupRewards, Recorder
-from outspoken.diagnostics.records import MAX_TEXT, Observation, as_number
-from outspoken.diagnostics.rundir import CHANGES, METRICS, RUN, BadRequest, RunDirectory, read_json, read_jsonl
-from outspoken.diagnostics.sinks import Guarded, default_sinks
-
-RUN_SCHEMA = "outspoken.run/1"
-RUN_FOLDER = "outspoken"  # the run directory is <output_dir>/outspoken
+from outspoken.diagnostics.recorder import GroupRewards, StepRecorder
+from outspoken.diagnostics.records import Observation, as_number
+from outspoken.diagnostics.rundir import CHANGES, METRICS, RunDirectory, read_jsonl
+from outspoken.diagnostics.sinks import Guarded
 
 METHODS = (  # part of a trainer's class name -> method; the first match counts
     ("GRPO", "grpo"),
@@ -52,18 +57,16 @@ METHODS = (  # part of a trainer's class name -> method; the first match counts
     ("ORPO", "orpo"),
     ("CPO", "cpo"),
     ("Reward", "reward"),
+    ("Pairwise", "reward"),  # LLaMA-Factory's
     ("Distillation", "distillation"),
     ("SFT", "sft"),
 )
 
 MEMORY_EVERY = 10  # steps between two looks at NVML and the host's memory
 GRADIENT_EVERY = 20  # steps between two looks at single gradient tensors
-FAILURES_BEFORE_OFF = 5
-ENDED = {"finished": "finished", "failed": "failed", "interrupted": "been interrupted"}
 CHECKPOINTS_KEPT = 50  # newest checkpoints remembered
 IGNORED_LABEL = -100
-LOGGED_BY_TRANSFORMERS = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "step", "total_flos"})
-HISTORY_REPLAYED = 20_000  # observations replayed into the engine when a run is resumed
+NO_METRICS = frozenset({"epoch", "step", "total_flos"})  # of what transformers logs
 
 
 def method_of(trainer: Any) -> str:
@@ -75,24 +78,6 @@ def method_of(trainer: Any) -> str:
     return next((method for name in names for part, method in METHODS if part in name), "sft")
 
 
-def _guarded(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keep an error of ours from reaching the training loop: tell it once, give up after a few. Counts our time."""
-
-    @functools.wraps(hook)
-    def safe(self: "DiagnosticsCallback", *args: Any, **kwargs: Any) -> None:
-        if self._off:
-            return
-        started = time.perf_counter()
-        try:
-            hook(self, *args, **kwargs)
-        except Exception as error:
-            self._failed(hook.__name__.strip("_"), error)
-        finally:
-            self._own_seconds += time.perf_counter() - started
-
-    return safe
-
-
 @dataclass
 class _Checkpoint:
     step: int
@@ -100,7 +85,7 @@ class _Checkpoint:
     good: bool  # no error fired when it was written, nor was found later to have begun before
 
 
-class DiagnosticsCallback(TrainerCallback):
+class DiagnosticsCallback(TrainerCallback, Harmless):
     """Watches a training run and says what is wrong with it.
 
     Args:
@@ -134,17 +119,16 @@ class DiagnosticsCallback(TrainerCallback):
         self._method = method
         self._accept_requests = accept_requests
         self._trainer: Any = None
-        self._recorder = Recorder()
+        self._recorder = StepRecorder()
         self._undo: list[Callable[[], None]] = []
         self._finished = True
         self._reset_run()
 
     def _reset_run(self) -> None:
         """What belongs to one call of `train`."""
-        self.engine = None  # this and the writer are on rank 0 only
-        self._writer: RunDirectory | None = None
+        self.engine = None  # this and the journal are on rank 0 only
+        self._journal: Journal | None = None
         self._sinks: list[Guarded] | None = None
-        self._run_record: dict[str, Any] = {}
         self._args: Any = None
         self._optimizer: Any = None
         self._scheduler: Any = None
@@ -154,8 +138,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._trial: changes.Trial | None = None
         self._carried_over: dict[str, Any] = {}  # changes of before a resume that hold on
         self._checkpoints: list[_Checkpoint] = []
-        self._verdict_told: str | None = None
-        self._told: set[str] = set()  # notes and rules that were told once
+        self._told = set()
         self._seen: dict[str, tuple[Any, int]] = {}  # metric -> the trainer's list, and how much of it was read
         self._measured: set[str] = set()  # names of the signals that are read at every step
         self._bad_gradient = False
@@ -217,7 +200,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._trainer = self._find_trainer() or self._trainer
         if self._trainer is not None:
             self.attach(self._trainer)  # mistakes in the user's own settings are told before training
-        self._recorder = getattr(self._trainer, "recorder", None) or Recorder()
+        self._recorder = getattr(self._trainer, "recorder", None) or StepRecorder()
         self._optimizer, self._scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
         if state.global_step > 0:
             kept: list[Any] = []
@@ -226,7 +209,7 @@ class DiagnosticsCallback(TrainerCallback):
             self._carry_over(args, self._share(args, kept))
         self._begin(args, state, **kwargs)
 
-    @_guarded
+    @guarded
     def _begin(self, args: Any, state: Any, model: Any = None, **kwargs: Any) -> None:
         self._args, self._model = args, model
         self._last_step = state.global_step
@@ -236,7 +219,7 @@ class DiagnosticsCallback(TrainerCallback):
             try:
                 self._start_run(args, state)
             except Exception:
-                self.engine, self._writer = None, None
+                self.engine, self._journal = None, None
                 raise
             atexit.register(self._at_exit)
         self._reset_step()
@@ -245,7 +228,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._before_optimizer(state)
         self._optimizer_started = time.perf_counter()
 
-    @_guarded
+    @guarded
     def _before_optimizer(self, state: Any) -> None:
         if self.engine is None:
             return
@@ -264,6 +247,8 @@ class DiagnosticsCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_step = state.global_step
+        if self._journal is not None:
+            self._journal.step = state.global_step
         self._average_losses(args)
         actions: list[dict[str, Any]] = []
         if self.engine is not None:
@@ -287,7 +272,7 @@ class DiagnosticsCallback(TrainerCallback):
     ) -> None:
         self._evaluated(state, metrics or {})
 
-    @_guarded
+    @guarded
     def _evaluated(self, state: Any, metrics: dict[str, Any]) -> None:
         if self.engine is not None and not self._finished:
             values = {k: v for k, v in metrics.items() if k.startswith("eval_")}
@@ -296,12 +281,12 @@ class DiagnosticsCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
         self._logged(state, logs or {})
 
-    @_guarded
+    @guarded
     def _logged(self, state: Any, logs: dict[str, Any]) -> None:
         """Pick up what a trainer logs and does not show at every step; all else was measured when the step ended."""
         if self.engine is None or self._finished or any(k.startswith("eval_") for k in logs):
             return
-        known = LOGGED_BY_TRANSFORMERS | self._measured | self._metric_lists().keys()
+        known = NO_METRICS | self._measured | self._metric_lists().keys()
         picked = {k: v for k, v in logs.items() if k not in known and not k.startswith("train_") and v is not None}
         if picked:
             self._tell(Observation.from_raw(state.global_step, picked, time.time(), state.epoch))
@@ -309,7 +294,7 @@ class DiagnosticsCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved(args, state.global_step)
 
-    @_guarded
+    @guarded
     def _saved(self, args: Any, step: int) -> None:
         if self.engine is not None:
             good = not self.engine.errors("firing") and self.engine.verdict()["state"] not in ("broken", "collapsing")
@@ -390,7 +375,7 @@ class DiagnosticsCallback(TrainerCallback):
 
         return training_step
 
-    @_guarded
+    @guarded
     def _look_at_labels(self, args: tuple[Any, ...]) -> None:
         """Rows without one label that counts, for trainers that do not report them themselves."""
         if self.engine is None or hasattr(self._trainer, "recorder"):
@@ -422,7 +407,7 @@ class DiagnosticsCallback(TrainerCallback):
 
         return grad_norm
 
-    @_guarded
+    @guarded
     def _look_at_gradients(self) -> None:
         """Single tensors before clipping: now and then, and where the loss or the last gradient was not finite."""
         if self.engine is None or self._model is None or self._sharded():
@@ -446,7 +431,7 @@ class DiagnosticsCallback(TrainerCallback):
 
         return calculate_rewards
 
-    @_guarded
+    @guarded
     def _hand_over_rewards(self, per_function: Any) -> None:
         """TRL's scores, (samples, functions), as groups: its generations of a prompt lie next to each other."""
         trainer = self._trainer
@@ -540,13 +525,13 @@ class DiagnosticsCallback(TrainerCallback):
         """Where the run directory is."""
         return Path(self._run_dir) if self._run_dir is not None else Path(args.output_dir) / RUN_FOLDER
 
-    @_guarded
+    @guarded
     def _find_kept_changes(self, args: Any, step: int, kept: list[dict[str, Any]]) -> None:
         """Put the settings that were changed live before the checkpoint of `step` into `kept`.
 
         Who starts the run again does so with the settings of its first start. A setting that was edited since holds.
         """
-        if not self._accept_requests or _previous_run(self.folder(args)) is None:
+        if not self._accept_requests or previous_run(self.folder(args)) is None:
             return
         asked, _ = read_jsonl(self.folder(args) / CHANGES)
         observed, _ = read_jsonl(self.folder(args) / METRICS)
@@ -555,7 +540,7 @@ class DiagnosticsCallback(TrainerCallback):
             if name in fields and same_value(config.get(name), old):
                 kept.append({name: new})
 
-    @_guarded
+    @guarded
     def _carry_over(self, args: Any, kept: list[dict[str, Any]]) -> None:
         self._carried_over = {name: new for field in kept for name, new in field.items()}
         # The checkpoint's schedule and optimizer have the changed learning rate already, if it holds them.
@@ -569,8 +554,8 @@ class DiagnosticsCallback(TrainerCallback):
         method = self._method or (method_of(trainer) if trainer is not None else "sft")
         folder = self.folder(args)
         # From step 0 it is another run; the writer sets aside what one before it left here.
-        previous = _previous_run(folder) if state.global_step > 0 else None
-        self.run_id = previous["id"] if previous is not None else _new_run_id(method)
+        previous = previous_run(folder) if state.global_step > 0 else None
+        self.run_id = previous["id"] if previous is not None else new_run_id(method)
         self._sinks = self._make_sinks()
         config = live.config_of(args)
         bounds = live.live_fields(trainer, args) if self._accept_requests else {}
@@ -594,85 +579,61 @@ class DiagnosticsCallback(TrainerCallback):
             total_steps=state.max_steps or None,
             run_id=self.run_id,
         )
-        self._writer = RunDirectory(folder, resume=previous is not None, say=self._note)
+        writer = RunDirectory(folder, resume=previous is not None, say=self._note)
         if previous is not None:
             self._replay(previous, folder, args, state.global_step)
             self.engine.open_segment(state.global_step, "resumed", config)
             if self._carried_over:
                 kept = ", ".join(f"{name}={value}" for name, value in self._carried_over.items())
                 self._note(f"resumed with the changes made before step {state.global_step}: {kept}")
-        self._run_record = {
-            "schema": RUN_SCHEMA,
-            "id": self.run_id,
-            "parent": previous.get("parent") if previous is not None else None,
-            "method": method,
-            "trainer": f"{type(trainer).__module__}.{type(trainer).__qualname__}" if trainer is not None else None,
-            "status": "running",
-            "started": (previous or {}).get("started", time.time()),
-            "heartbeat": time.time(),
-            "step": state.global_step,
-            "total_steps": state.max_steps or None,
-            "config": config,
-            "live": bounds,
-            "config_rev": self.engine.config_rev,
-            "versions": _versions(),
-            "hardware": _hardware(args),
-            "world_size": config["world_size"],
-            "dataset": _dataset_facts(trainer),
-            "facts": {k: live._plain(v) for k, v in facts.items()},
-            "segment": self.engine.view.segment,
-            "verdict": None,
-        }
-        self._writer.write_run(self._run_record)
-        self._writer.write_verdict(self.engine.verdict())
-        if previous is None:
-            self._publish(self.engine.begin())  # what is wrong already, before a step that may never come
+        record = run_record(
+            self.engine,
+            previous,
+            trainer=f"{type(trainer).__module__}.{type(trainer).__qualname__}" if trainer is not None else None,
+            step=state.global_step,
+            live=bounds,
+            hardware=_hardware(args),
+            world_size=config["world_size"],
+            dataset=_dataset_facts(trainer),
+        )
+        self._journal = Journal(self.engine, writer, self._sinks, record)
+        self._journal.start(fresh=previous is None)
 
     def _make_sinks(self) -> list[Guarded]:
-        if self._given_sinks is None:
-            return default_sinks(os.environ, self.run_id)
-        return [sink if isinstance(sink, Guarded) else Guarded(sink) for sink in self._given_sinks]
+        return make_sinks(self._given_sinks, self.run_id)
 
-    @_guarded
+    @guarded
     def _replay(self, previous: Mapping[str, Any], folder: Path, args: Any, step: int) -> None:
         """Give a resumed run's engine what it had seen before the checkpoint."""
         assert self.engine is not None
+
+        def seen(at: int) -> None:
+            if os.path.isdir(_checkpoint_path(args, at)):
+                self._saved(args, at)
+
+        replay(self.engine, folder, previous, step, seen)
         view = self.engine.view
-        records, _ = read_jsonl(folder / METRICS)
-        used = [r["segment"] for r in (*records, previous) if isinstance(r.get("segment"), int)]
-        segment = 0
-        try:
-            for record in changes.surviving(records, step)[-HISTORY_REPLAYED:]:
-                if record.get("segment", 0) != segment:
-                    segment = record.get("segment", 0)
-                    self.engine.open_segment(record["step"], "as recorded")
-                raw = {**record["signals"], **record.get("nonfinite", {})}  # "nan" and its like are read as numbers
-                self.engine.observe(Observation.from_raw(record["step"], raw, record.get("time"), record.get("epoch")))
-                if os.path.isdir(_checkpoint_path(args, record["step"])):
-                    self._saved(args, record["step"])
-        finally:
-            view.segment = max(used, default=0)  # also those of steps that were thrown away: a number is given once
         self._range = RewardRange(view.last("rewards/min_seen"), view.last("rewards/max_seen"))
 
-    @_guarded
+    @guarded
     def _observe_step(self, state: Any, actions: list[dict[str, Any]]) -> None:
         """Measure the step, tell everybody, and put what is to be done about it into `actions`."""
-        assert self.engine is not None and self._writer is not None
+        assert self._journal is not None
         self._tell(Observation.from_raw(state.global_step, self._measure(state), time.time(), state.epoch))
-        self._writer.heartbeat(state.global_step)
+        self._journal.writer.heartbeat(state.global_step)
         if self._trial is not None:
             actions += self._judge_trial(self._trial)
         if not actions:  # otherwise requests wait until the rollback is done
-            actions += self._requests(state.global_step)
+            asked = self._journal.take_requests(
+                lambda request, accepted: self._consider(request, state.global_step, accepted)
+            )
+            actions += [] if asked is None else [asked]
 
     def _tell(self, observation: Observation) -> None:
-        """One observation to the engine, to disk, and what follows from it to everybody."""
-        assert self.engine is not None and self._writer is not None
-        transitions = self.engine.observe(observation)
-        self._writer.append_observation(observation, self.engine.view.segment)
-        for sink in self._sinks or ():
-            sink.observation(observation.step, observation.signals)
-        self._publish(transitions)
+        assert self._journal is not None
+        for transition in self._journal.tell(observation):
+            if transition.kind == "transition":
+                self._distrust_checkpoints(transition.record)
 
     def _distrust_checkpoints(self, record: Mapping[str, Any]) -> None:
         """An error that fires now began earlier: checkpoints written in between hold what it did."""
@@ -681,49 +642,7 @@ class DiagnosticsCallback(TrainerCallback):
                 if checkpoint.step >= record["onset_step"]:
                     checkpoint.good = False
 
-    def _publish(self, transitions: list[Any]) -> None:
-        assert self.engine is not None and self._writer is not None
-        for transition in transitions:
-            if transition.kind == "transition":
-                self._writer.append_diagnostic(transition.record)
-                self._distrust_checkpoints(transition.record)
-            for sink in self._sinks or ():
-                sink.transition(transition)
-        verdict = self.engine.verdict()
-        if verdict["state"] != self._verdict_told:
-            self._verdict_told = verdict["state"]
-            self._writer.write_verdict(verdict)
-            for sink in self._sinks or ():
-                sink.verdict(verdict)
-        elif transitions or self.engine.view.points % 20 == 0:
-            self._writer.write_verdict(verdict)
-        digest = self.engine.take_digest()
-        if digest:
-            self._note(digest)
-        for code, reason in self.engine.failed_rules().items():
-            if code not in self._told:
-                self._told.add(code)
-                self._note(f"rule {code} cannot judge: {reason}; training goes on")
-
     # ------------------------------------------------------------------ changes
-
-    def _requests(self, step: int) -> list[dict[str, Any]]:
-        """Take what agents asked for: one change at a time, all others are refused with a reason."""
-        assert self._writer is not None
-        action: dict[str, Any] | None = None
-        for request in self._writer.requests():
-            if isinstance(request, BadRequest):
-                self._change({"id": request.id}, "rejected", request.reason)
-                self._writer.done(request.id)
-                continue
-            self._change(request, "requested")
-            found = self._consider(request, step, action)
-            if isinstance(found, str):
-                self._change(request, "rejected", found)
-            else:
-                action = found
-            self._writer.done(request["id"])
-        return [] if action is None else [action]
 
     def _consider(self, request: dict[str, Any], step: int, accepted: dict[str, Any] | None) -> dict[str, Any] | str:
         """What to do about a request, or why it is refused."""
@@ -752,16 +671,11 @@ class DiagnosticsCallback(TrainerCallback):
         return {"set": new, "restore": restore, "request": request, "why": "apply"}
 
     def _judge_trial(self, trial: changes.Trial) -> list[dict[str, Any]]:
-        assert self.engine is not None
-        judgement = changes.judge(trial, self.engine.view, self.engine.errors("firing"))
+        assert self._journal is not None
+        judgement = self._journal.settle(trial)
         if judgement is None:
             return []
         self._trial = None
-        self._change(trial.record, judgement.outcome, judgement.reason, dict(judgement.observed))
-        if judgement.outcome == "failed":  # rules propose something else next time
-            failed = self.engine.view.facts.setdefault("failed_changes", [])
-            failed.append(trial.record["fields"])
-            del failed[:-20]
         if judgement.outcome == "verified" or not trial.record.get("rollback_on_failure"):
             return []
         old = {name: pair["old"] for name, pair in trial.record["fields"].items()}
@@ -807,7 +721,7 @@ class DiagnosticsCallback(TrainerCallback):
             return
         self._record_change(action, trial)
 
-    @_guarded
+    @guarded
     def _undo_change(self, action: dict[str, Any], error: Exception) -> None:
         was = {
             name: pair["old" if action["why"] == "apply" else "new"]
@@ -816,30 +730,26 @@ class DiagnosticsCallback(TrainerCallback):
         try:
             live.apply_fields(self._trainer, self._args, was, self._optimizer, self._scheduler)
         finally:
-            if self.engine is not None:
-                self._change(action["request"], "failed", f"could not be applied: {type(error).__name__}: {error}")
+            if self._journal is not None:
+                self._journal.change(
+                    action["request"], "failed", f"could not be applied: {type(error).__name__}: {error}"
+                )
 
-    @_guarded
+    @guarded
     def _record_change(self, action: dict[str, Any], trial: changes.Trial | None) -> None:
         """Open a segment with the new config, and start the trial of the change."""
-        if self.engine is None or self._writer is None:
+        journal = self._journal
+        if journal is None:
             return
         request, restore = action["request"], action["restore"]
-        config = live.config_of(self._args)
-        self.engine.open_segment(self._last_step, f"change {request['id']}", config)
-        self._run_record |= {
-            "config": config,
-            "config_rev": self.engine.config_rev,
-            "segment": self.engine.view.segment,
-        }
-        self._writer.write_run(self._run_record | {"step": self._last_step, "heartbeat": time.time()})
+        journal.open_segment(f"change {request['id']}", live.config_of(self._args))
         if action["why"] == "apply":
             self._trial = trial
             went_back = f"weights and optimizer first went back to {restore}" if restore else ""
-            self._change(request, "applied", went_back)
+            journal.change(request, "applied", went_back)
         else:
             what = f"weights and optimizer from {restore}" if restore else "settings only: no good checkpoint is older"
-            self._change(request, "rolled_back", what)
+            journal.change(request, "rolled_back", what)
 
     def _restore(self, checkpoint: str) -> None:
         """Load weights and optimizer state of a checkpoint into the live run. The step counter and schedule go on."""
@@ -862,34 +772,6 @@ class DiagnosticsCallback(TrainerCallback):
             if hasattr(trainer, rollouts):
                 setattr(trainer, rollouts, None)
 
-    def _change(
-        self, request: dict[str, Any], state: str, reason: str = "", observed: dict[str, Any] | None = None
-    ) -> None:
-        """Record that a change entered a state."""
-        assert self.engine is not None and self._writer is not None
-        record = {
-            "schema": changes.SCHEMA,
-            "id": request["id"],
-            "state": state,
-            "step": self._last_step,
-            "time": time.time(),
-            "actor": request.get("actor", "unknown"),
-            "patch": request.get("patch", []),
-            "fields": request.get("fields", {}),
-            "reason": reason[:2000],
-            "suggestion": request.get("suggestion"),
-            "diagnostic": request.get("diagnostic"),
-            "segment": self.engine.view.segment,
-            "config_rev": self.engine.config_rev,
-            "expect": request.get("expect"),
-            "observed": observed or {},
-            "rollback_on_failure": bool(request.get("rollback_on_failure", False)),
-            "run": self.run_id,
-        }
-        self._writer.append_change(record)
-        for sink in self._sinks or ():
-            sink.change(record)
-
     # ------------------------------------------------------------------ the end, and our own failures
 
     def _close(self, status: str) -> None:
@@ -902,48 +784,21 @@ class DiagnosticsCallback(TrainerCallback):
             undo()
         self._undo.clear()
         try:
-            if self.engine is not None and self._writer is not None:
-                self._end_run(status)
+            if self._journal is not None:
+                self._end_run(self._journal, status)
             if self._nvml is not None:
                 self._nvml.close()
         except Exception as error:
             self._failed("closing the run", error)
 
-    def _end_run(self, status: str) -> None:
-        assert self.engine is not None and self._writer is not None
+    def _end_run(self, journal: Journal, status: str) -> None:
         rest = {k: v for k, v in self._recorder.take().signals.items() if k in ("time/save", "time/eval")}
         if rest and not self._off:  # after the last step, so that no step will tell
             self._tell(Observation.from_raw(self._last_step, rest, time.time()))
-        self._publish(self.engine.finish())
-        for request in self._writer.requests():
-            if isinstance(request, BadRequest):
-                self._change({"id": request.id}, "rejected", request.reason)
-                self._writer.done(request.id)
-            else:
-                self._change(request, "rejected", f"the run has {ENDED[status]}")
-                self._writer.done(request["id"])
-        verdict = self.engine.verdict()
-        self._writer.write_verdict(verdict)
-        ended = {"status": status, "step": self._last_step, "heartbeat": time.time(), "verdict": verdict}
-        self._writer.write_run(self._run_record | ended)
-        self._writer.close()
-        for sink in self._sinks or ():
-            sink.close()
+        journal.end(status)
 
     def _at_exit(self) -> None:
         self._close("interrupted")
-
-    def _failed(self, where: str, error: Exception) -> None:
-        if os.environ.get("OUTSPOKEN_DEBUG"):
-            raise error
-        self._failures += 1
-        if where not in self._told:
-            self._told.add(where)
-            said = str(error)[:MAX_TEXT]
-            self._note(f"diagnostics failed in {where} ({type(error).__name__}: {said}); training goes on")
-        if self._failures == FAILURES_BEFORE_OFF:
-            self._off = True
-            self._note("diagnostics failed too often and are switched off for the rest of this run")
 
     def _note(self, text: str) -> None:
         if self._sinks is None:  # before the run has begun
@@ -954,32 +809,6 @@ class DiagnosticsCallback(TrainerCallback):
 
 def _checkpoint_path(args: Any, step: int) -> str:
     return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-
-
-def _new_run_id(method: str) -> str:
-    return f"{method}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-
-
-def _previous_run(folder: Path) -> dict[str, Any] | None:
-    try:
-        record = read_json(folder / RUN)
-    except (OSError, ValueError):
-        return None
-    return record if record.get("schema") == RUN_SCHEMA and isinstance(record.get("id"), str) else None
-
-
-def _versions() -> dict[str, str]:
-    versions = {
-        "outspoken": outspoken.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    for name in ("trl", "peft", "accelerate", "vllm", "deepspeed"):
-        module = sys.modules.get(name)
-        if module is not None and hasattr(module, "__version__"):
-            versions[name] = module.__version__
-    return versions
 
 
 def _hardware(args: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Where a trainer puts what it measures during one optimizer step, until the diagnostics take it.
 
-The trainer measures, the engine judges. A `Recorder` is cheap enough to be there always: without diagnostics its
+The trainer measures, the engine judges. A `StepRecorder` is cheap enough to be there always: without diagnostics its
 content is dropped at the next step. It imports no torch; the trainer hands over plain numbers and lists.
 """
 
@@ -29,16 +29,16 @@ class GroupRewards:
 
 @dataclass
 class StepMeasurements:
-    """What `Recorder.take` returns: signals by name, and the reward matrices seen since the last call."""
+    """What `StepRecorder.take` returns: signals by name, and the reward matrices seen since the last call."""
 
     signals: dict[str, float] = field(default_factory=dict)
     rewards: list[GroupRewards] = field(default_factory=list)
 
 
-class Recorder:
+class StepRecorder:
     """Collects one rank's measurements of one optimizer step.
 
-    >>> recorder = Recorder()
+    >>> recorder = StepRecorder()
     >>> recorder.set("completions/p99_terminated_length", 211)
     >>> recorder.count("samples/no_supervised", k=1, n=8)
     >>> recorder.take().signals

@@ -62,7 +62,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         callbacks = self.trainer.callback_handler.callbacks
         observer = next(c for c in callbacks if isinstance(c, outspoken.DiagnosticsCallback))
-        self.wrote = observer._writer is not None
+        self.wrote = observer.engine is not None
 
 
 def finish(trainer, folder, **more):

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from outspoken import DiagnosticsCallback, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, schemas
 from outspoken.diagnostics import engine as engines
 from outspoken.diagnostics import rundir
-from outspoken.diagnostics.callback import _guarded
+from outspoken.diagnostics.journal import guarded
 
 SENTENCES = ["The sky is blue and", "What is 2 + 2? It", "green grass", "the quick brown fox jumps", "It is", "dog"]
 TEXTS = [s + t for s in SENTENCES for t in SENTENCES]
@@ -293,8 +293,8 @@ def test_any_part_that_fails(sft, alone, monkeypatch, capsys, where):
     def broken(self, *args, **kwargs):
         raise KeyError(f"planted in {where}")
 
-    guarded = hasattr(getattr(DiagnosticsCallback, where), "__wrapped__")  # then plant it inside the guard
-    monkeypatch.setattr(DiagnosticsCallback, where, _guarded(broken) if guarded else broken)
+    inside = hasattr(getattr(DiagnosticsCallback, where), "__wrapped__")  # then plant it inside the guard
+    monkeypatch.setattr(DiagnosticsCallback, where, guarded(broken) if inside else broken)
     trainer = sft(DiagnosticsCallback())
     assert same(trainer, alone)
     told = notes(capsys)

@@ -237,7 +237,6 @@ def test_two_processes(tmp_path):
         tmp_path,
         """
         import hashlib
-        from outspoken.diagnostics.recorder import Recorder
 
         class Early(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalPrediction
 
-from outspoken.diagnostics.recorder import Recorder
+from outspoken.diagnostics.recorder import StepRecorder
 from outspoken.trainers.activation_offloading import offload_activations
 from outspoken.trainers.callbacks import SyncRefModelCallback
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
@@ -467,7 +467,7 @@ class DPOTrainer(ModelCardMixin, Trainer):
         if self._sees:
             refuse_with_images(processing.processor, args, "DPOTrainer")
         expect_unused_parameters(processing.processor, args)
-        self.recorder = Recorder()
+        self.recorder = StepRecorder()
         self._end_tokens = end_token_ids(processing.tokenizer)
         self._pad_token_id = processing.pad_token_id
         self._margins_and_lengths = RecentCorrelation(min_spread=REWARD_ROUNDING)

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from outspoken.diagnostics.recorder import Recorder
+from outspoken.diagnostics.recorder import StepRecorder
 from outspoken.trainers.activation_offloading import offload_activations
 from outspoken.trainers.callbacks import SyncRefModelCallback
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
@@ -284,7 +284,7 @@ class KTOTrainer(ModelCardMixin, Trainer):
                 "model below it; set it to False."
             )
         processing = prepare_processing(model, args, processing_class, trainer="KTOTrainer")
-        self.recorder = Recorder()
+        self.recorder = StepRecorder()
         self._end_tokens = end_token_ids(processing.tokenizer)
         self._rewards_and_lengths = RecentCorrelation(min_spread=REWARD_ROUNDING)
         self._initial_gap = 0.0

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from outspoken.diagnostics.recorder import Recorder
+from outspoken.diagnostics.recorder import StepRecorder
 from outspoken.trainers.activation_offloading import offload_activations
 from outspoken.trainers.config import OutspokenConfig, as_config, live_field
 from outspoken.trainers.data.formats import first_row
@@ -250,7 +250,7 @@ class RewardTrainer(ModelCardMixin, Trainer):
                 f"{tokenizer.eos_token!r} pads rows and ends them, so answers are scored at the token before it, whether "
                 "they ended or were cut; set `tokenizer.pad_token` to another token."
             )
-        self.recorder = Recorder()
+        self.recorder = StepRecorder()
         self._scores_and_lengths = RecentCorrelation(2 * 512)  # two answers a pair
         self._step_scores: tuple[int, list[Tensor]] = (-1, [])
         train_dataset, facts = self._prepare(train_dataset, "train", args, tokenizer)

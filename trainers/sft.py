@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from outspoken.diagnostics.recorder import Recorder
+from outspoken.diagnostics.recorder import StepRecorder
 from outspoken.trainers.activation_offloading import offload_activations
 from outspoken.trainers.attention import (
     boundary_lengths,
@@ -361,7 +361,7 @@ class SFTTrainer(ModelCardMixin, Trainer):
                 "assistant's turn, so the model may not learn to stop; move that token inside {% generation %}, or set "
                 "`assistant_only_loss=False`."
             )
-        self.recorder = Recorder()
+        self.recorder = StepRecorder()
         dataset_kwargs: Any = args.dataset_kwargs
         self._skip_prepare_dataset = bool((dataset_kwargs or {}).get("skip_prepare_dataset"))
         self._formatting_func = formatting_func

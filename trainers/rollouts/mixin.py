@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from outspoken.diagnostics.recorder import Recorder
+from outspoken.diagnostics.recorder import StepRecorder
 from outspoken.diagnostics.records import as_number
 from outspoken.trainers.callbacks import SyncRefModelCallback
 from outspoken.trainers.completion_scores import logps_without_grad
@@ -77,7 +77,7 @@ class SamplingMixin(Trainer):
 
     def _start_sampling(self) -> None:
         """To be called before `Trainer.__init__`."""
-        self.recorder = Recorder()
+        self.recorder = StepRecorder()
         self._step: int | None = None  # micro-batches trained on in this run; None: to be found from the state
         self._micro_batches: list[RolloutBatch] | None = None  # of the last generation batch; None: to be sampled
         self._step_time = 0.0
