@@ -30,7 +30,11 @@ from outspoken.diagnostics.sources.formats import CONTAINERS, KEPT_CELLS, RawLog
 from outspoken.diagnostics.sources.llama_factory import LLAMA_FACTORY
 from outspoken.diagnostics.sources.names import Column, Family, choose_family
 from outspoken.diagnostics.sources.nemo_rl import NEMO_RL
+from outspoken.diagnostics.sources.oat import OAT
 from outspoken.diagnostics.sources.open_instruct import OPEN_INSTRUCT
+from outspoken.diagnostics.sources.openrlhf import OPENRLHF, OPENRLHF_REWARD
+from outspoken.diagnostics.sources.pipeline_rl import PIPELINE_RL
+from outspoken.diagnostics.sources.prime_rl import PRIME_RL
 from outspoken.diagnostics.sources.tinker import TINKER
 from outspoken.diagnostics.sources.torchtune import TORCHTUNE
 from outspoken.diagnostics.sources.trials import bounds_of_trials, with_trials
@@ -39,7 +43,11 @@ from outspoken.diagnostics.sources.verl import VERL
 
 __all__ = ["FORMATS", "Account", "LoggedRun", "Segment", "UnreadableLog", "read", "read_config"]
 
-FAMILIES = (TRL, VERL, TINKER, LLAMA_FACTORY, TORCHTUNE, NEMO_RL, OPEN_INSTRUCT)
+# TRL last: where as many of its signs stand as of another's, the other's are the rarer ones.
+FAMILIES = (
+    *(VERL, OPENRLHF, OPENRLHF_REWARD, PRIME_RL, PIPELINE_RL, OAT, TINKER, LLAMA_FACTORY, TORCHTUNE, NEMO_RL),
+    *(OPEN_INSTRUCT, TRL),
+)
 OTHER = Family("other")
 FORMATS = (*CONTAINERS, *(family.name for family in FAMILIES))
 
