@@ -53,6 +53,8 @@ def prime_orchestrator(step: int) -> list[dict]:
         agent = f"train/agg/{subset}/solver"
         row |= {
             f"{agent}/reward/mean": step / 16 + (1 / 64 if subset == "effective" else 0),
+            f"{agent}/reward/min": 0.0,
+            f"{agent}/reward/max": 1.0,
             f"{agent}/num_output_tokens/mean": 100.0 + step,
             f"{agent}/num_output_tokens/max": 256.0,
             f"{agent}/num_turns/mean": 1.0,
@@ -107,13 +109,15 @@ def write_pipeline(folder: Path) -> None:
                 "stats/completed_steps": step,
                 "stats/lag": 128.0,
                 "rl/loss": -0.125,
-                "rl/reward": step / 16,
+                "rl/reward": step / 8,
                 "rl/entropy": 1 - step / 32,
-                "rl/kl": step / 128,
+                "rl/kl": step / 8,
                 "rl/kl_new_old": step / 4096,
                 "rl/ess": 0.75,
                 "rl/num_output_tokens_sum": 6400.0,
                 "rl/ratio_new_old": 1.0,
+                "rl/ratio_ref_old": 1.25,
+                "rl/ratio_ref_new": 1.25,
             }
             shown_row = {name: shown(value) for name, value in row.items()}
             out.write(
@@ -166,7 +170,7 @@ def write_nemo(folder: Path) -> None:
             out.write("▶ Preparing batch...\n▶ Generating responses for batch of size 64...\n▶ Training policy...\n")
             out.write("\n📊 Training Results:\n")
             out.write(f"  • Loss: {math.nan if step == NAN_AT else 2 / (1 + step):.4f}\n")
-            out.write(f"  • Generation KL Error: {step / 4096:.4f}\n")
+            out.write(f"  • Generation KL Error: {step / 64:.4f}\n")
             out.write(f"  • Avg Reward: {step / 16:.4f}\n")
             out.write(f"  • Mean Generation Length: {100 + step:.4f}\n")
             out.write("\n⏱️  Timing:\n  • Total step time: 12.00s\n  • generation: 5.00s (41.7%)\n")

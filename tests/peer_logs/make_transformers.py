@@ -37,8 +37,8 @@ class Model(torch.nn.Module):
 
     def forward(self, step, **unused):
         step = step.float().mean()
-        loss = torch.where(step == 5, torch.nan, 2 / (1 + step) + self.shift) if self.training else 3 / (1 + step)
-        return {"loss": loss + (self.weight - self.weight.detach()) / step}
+        loss = torch.where(step == 5, torch.nan, 2 / (1 + step)) if self.training else 3 / (1 + step)
+        return {"loss": loss + self.shift + (self.weight - self.weight.detach()) / step}
 
 
 class InOrder(Trainer):
