@@ -8,13 +8,6 @@ from collections.abc import Collection
 
 from outspoken.diagnostics.sources.names import Family
 
-# Its names of settings are those of transformers and TRL; these are taken as they are.
-_SAME = (
-    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("lr_scheduler_type", "warmup_steps", "logging_steps", "save_steps", "eval_steps", "eval_strategy", "seed"),
-    *("max_grad_norm", "weight_decay", "per_device_eval_batch_size", "bf16", "fp16", "packing", "temperature"),
-)
-
 
 def method_of(names: Collection[str]) -> tuple[str, str] | None:
     if "current_steps" not in names:
@@ -38,16 +31,9 @@ LLAMA_FACTORY = Family(
         "vram_reserved": "memory/peak_reserved",
     },
     meanings={
-        "accuracy": "accuracy was taken for the share of pairs with a positive margin: its preference stage writes it, its reward-model stage does not",
-        "current_steps": "trainer_log.jsonl holds no gradient norm, margins or KL; trainer_state.json beside it does",
+        "accuracy": "accuracy was taken for the share of pairs with a positive margin: its preference stage writes it, its reward-model stage does not.",
     },
     not_measured={"vram_allocated": 0.0, "vram_reserved": 0.0},  # no device that counts
     known=("throughput", "predict_loss", "sft_loss", "odds_ratio_loss", "predict_"),
     method_of=method_of,
-    settings={
-        **{name: name for name in _SAME},
-        "cutoff_len": "max_length",
-        "pref_beta": "beta",
-        "max_new_tokens": "max_completion_length",
-    },
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""NeMo-RL: what its Logger hands to TensorBoard, W&B or MLflow (under `train/`, `validation/`, `timing/`, …), and the
-bullets of its console.
+"""NeMo-RL: what its Logger hands to TensorBoard, W&B or MLflow (under `train/`, `validation/`, `timing/`, …), and what
+its console prints of it.
 
 Not translated on purpose: `token_mult_prob_error` (mean of e^|difference|, of which the mean difference is only a bound),
 `policy_kl_error` and `js_divergence_error` (other directions of the same gap), `probs_ratio*`, and the rewards of its
@@ -26,11 +26,11 @@ _OWN_GROUPS = ("total_reward/", "turns_per_sample/", "total_tokens_per_sample/",
 
 def method_of(names: Collection[str]) -> tuple[str, str] | None:
     bare = {name.removeprefix("train/") for name in names}
-    if any(name.startswith("critic/") for name in bare) or "Critic Loss" in bare:
+    if any(name.startswith("critic/") for name in bare) or "critic_loss" in bare:
         return "ppo", "it logs a critic"
     if "preference_loss" in bare:
         return "dpo", "it logs a preference loss"
-    if bare & {"gen_kl_error", "baseline_reward/pct_0", "probs_ratio", "Generation KL Error"}:
+    if bare & {"gen_kl_error", "baseline_reward/pct_0", "probs_ratio"}:
         return "grpo", "it logs ratios or errors of sampled tokens and no critic"
     if "rewards_chosen_mean" in bare:
         return "reward", "it logs scores of chosen and rejected answers and no preference loss"
@@ -54,7 +54,7 @@ NEMO_RL = Family(
         *("gen_kl_error", "token_mult_prob_error", "policy_kl_error", "js_divergence_error", "baseline_reward/pct_0"),
         *("baseline_reward/pct_1", "baseline_reward/pct_mixed", "approx_entropy", "probs_ratio_clamped"),
         *("mean_gen_tokens_per_sample", "performance/tokens_per_sec_per_gpu", "performance/generation_tokens_per_sec"),
-        *("Generation KL Error", "Mean Generation Length", "Avg Total Reward", "Avg Filtered Reward"),
+        *("train/avg_total_reward", "train/avg_filtered_reward"),
     ),
     aliases={
         "reward": "reward",
@@ -76,23 +76,17 @@ NEMO_RL = Family(
         "timing/train/checkpointing": "time/save",
         "timing/validation/total_validation_time": "time/eval",
         **{name: name for name in _OWN},  # so that `train/` is cut off and what follows from them finds them
-        # the bullets of its console
-        "Loss": "loss",
-        "Policy Loss": "loss",
-        "Avg Total Reward": "reward",
-        "Avg Reward": "reward",
-        "Mean Generation Length": "completions/mean_length",
-        "Generation KL Error": "sampling/k3",
+        "avg_total_reward": "reward",  # of its console, where groups are filtered
     },
     meanings={
-        "gen_kl_error": "gen_kl_error is k3 of the sampler against the trainer (reference_policy_kl_type=k3), not of the policy against a reference",
-        "kl_penalty": "kl_penalty is the divergence from the reference before its coefficient, k3 unless reference_policy_kl_type says otherwise",
-        "approx_entropy": "approx_entropy is estimated from the sampled tokens: compare it within a run only",
-        "token_mult_prob_error": "token_mult_prob_error is the mean of e to the absolute difference of log-probabilities, which no factor turns into nats",
-        "baseline_reward/pct_0": "baseline_reward/pct_0 and pct_1 are percentages of completions whose baseline is 0 or 1; they were read as groups that all failed or all passed, where the mean reward lies between 0 and 1",
-        "filtered_reward": "filtered_reward is of the groups left after filtering; reward, of all, was taken",
-        "rewards_chosen_mean": "rewards_chosen_mean is a log-ratio or a score without beta, so it keeps its own name",
-        "Avg Filtered Reward": "Avg Filtered Reward is of the groups left after filtering; Avg Total Reward, of all, was taken",
+        "gen_kl_error": "gen_kl_error is k3 of the sampler against the trainer (reference_policy_kl_type=k3), not of the policy against a reference.",
+        "kl_penalty": "kl_penalty is the divergence from the reference before its coefficient, k3 unless reference_policy_kl_type says otherwise.",
+        "approx_entropy": "approx_entropy is estimated from the sampled tokens: compare it within a run only.",
+        "token_mult_prob_error": "token_mult_prob_error is the mean of e to the absolute difference of log-probabilities, which no factor turns into nats.",
+        "baseline_reward/pct_0": "baseline_reward/pct_0 and pct_1 are percentages of completions whose baseline is 0 or 1; they were read as groups that all failed or all passed, where the mean reward lies between 0 and 1.",
+        "filtered_reward": "filtered_reward is of the groups left after filtering; reward, of all, was taken.",
+        "rewards_chosen_mean": "rewards_chosen_mean is a log-ratio or a score without beta, so it keeps its own name.",
+        "avg_filtered_reward": "avg_filtered_reward is of the groups left after filtering; avg_total_reward, of all, was taken.",
     },
     zero_if_off=frozenset({"kl_penalty", "train/kl_penalty", "train/positive_nll_loss", "positive_nll_loss"}),
     known=(
@@ -101,7 +95,8 @@ NEMO_RL = Family(
         *_OWN_GROUPS,
         *(f"train/{name}" for name in _OWN_GROUPS),
         *("train/vllm/", "timing/", "performance/", "validation/", "ray/", "train/histogram/", "generation_metrics/"),
-        *("Avg Filtered Reward", "Critic Loss", "Critic Grad Norm", "Critic LR", "Critic Clip Frac", "Draft Loss"),
+        *(f"train/{name}" for name in ("avg_filtered_reward", "critic_loss", "critic_grad_norm", "critic_lr")),
+        *("train/critic_clip_frac",),
     ),
     derived={
         "groups/all_failed": Derived(("baseline_reward/pct_0", "reward"), _share),
