@@ -266,11 +266,12 @@ def _written_by_processes(rows: Iterable[Row], axis: str) -> bool:
 
 @dataclass
 class _Point:
-    """One step being put together. opens: why a segment begins with it."""
+    """One step being put together. opens: why a segment begins with it. writers: which process wrote a cell, if told."""
 
     step: int
     opens: str = ""
     cells: dict[str, Any] = field(default_factory=dict)  # raw name -> raw value
+    writers: dict[str, str] = field(default_factory=dict)
     time: float | None = None
     epoch: float | None = None
 
@@ -388,7 +389,7 @@ class _Merger:
         at: dict[int, _Point] = {}  # the same
         remembered: dict[int, None] = {}  # hashes of rows, the oldest first
         opens = "start"  # why the next point that is released begins a segment
-        newest: int | None = None  # step of the newest training row in this segment
+        newest: dict[str, int] = {}  # writer -> step of its newest training row in this segment
 
         def released(points: list[_Point]) -> Iterator[_Point]:
             nonlocal opens
@@ -435,16 +436,17 @@ class _Merger:
                 step = last
             assert step is not None
             last = step
+            writer = self.family.writer(row) if self.family.writer is not None else ""
             point = at.get(step)
             reason = ""
             if axis is not None and own_step and training:
-                if newest is not None and step < newest:
-                    reason = f"the step went back from {newest} to {step}"
-                elif point is not None and self._contradicts(point, cells):
+                if step < newest.get(writer, step):
+                    reason = f"the step went back from {newest[writer]} to {step}"
+                elif point is not None and self._contradicts(point, cells, writer):
                     reason = f"step {step} was logged again with other values"
             if reason:
                 yield from released(pending)
-                pending, at, newest, point, opens = [], {}, None, None, reason
+                pending, at, newest, point, opens = [], {}, {}, None, reason
             if point is None:
                 point = at[step] = _Point(step)
                 insort(pending, point, key=lambda p: p.step)
@@ -454,10 +456,12 @@ class _Merger:
                     account.duplicate += same
                     account.superseded += not same
                 point.cells[raw] = value
+                if writer:
+                    point.writers[raw] = writer
             point.time = clock if clock is not None else point.time
             point.epoch = epoch if epoch is not None and math.isfinite(epoch) else point.epoch
-            if training or newest is None:
-                newest = step if newest is None else max(newest, step)
+            if training or not newest:
+                newest[writer] = max(step, newest.get(writer, step))
             if len(pending) > WINDOW:
                 done = pending.pop(0)
                 del at[done.step]
@@ -496,10 +500,13 @@ class _Merger:
                 clock = _time_of(value)
         return cells, clock, epoch, closing
 
-    def _contradicts(self, point: _Point, cells: Mapping[str, Any]) -> bool:
-        """Whether a row gives other training values for a step that was already read."""
+    def _contradicts(self, point: _Point, cells: Mapping[str, Any], writer: str = "") -> bool:
+        """Whether a row gives other training values for a step that was already read, of the same writer."""
         return any(
-            raw in point.cells and not self.columns[raw].evaluation and not _same(point.cells[raw], value)
+            raw in point.cells
+            and not self.columns[raw].evaluation
+            and point.writers.get(raw, "") == writer
+            and not _same(point.cells[raw], value)
             for raw, value in cells.items()
         )
 

@@ -6,7 +6,7 @@ Each family of trainers has one small module with its table of names. A name tha
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from outspoken.diagnostics import signals
 from outspoken.diagnostics.records import MAX_TEXT, Observation
@@ -42,6 +42,8 @@ class Family:
         method_of: the method and why, from all its names of a log; None where they do not tell.
         follow: makes, for one pass over a run, a function that adds to each observation what follows from earlier
             ones.
+        writer: which of its processes wrote a row, where several write into one file, each at its own pace: a step that
+            goes back or comes again with other values is a restart only among the rows of one of them.
         null_is_nan: its writer turns NaN into null.
         drops_nan: its writer leaves out what is not finite, so that a missing value may have been a NaN.
         settings: its name of a setting, nested ones joined by ".", -> the config field it is here.
@@ -61,6 +63,7 @@ class Family:
     derived: Mapping[str, Derived] = field(default_factory=dict)
     method_of: Callable[[Collection[str]], tuple[str, str] | None] | None = None
     follow: Callable[[], Callable[[Observation], None]] | None = None
+    writer: Callable[[Mapping[str, Any]], str] | None = None
     null_is_nan: bool = False
     drops_nan: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)

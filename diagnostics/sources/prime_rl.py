@@ -90,7 +90,7 @@ def _add_solved(seen: dict[str, float], agent: str) -> None:
     seen.setdefault("groups/zero_std", min(1.0, none + every))
 
 
-def writer_of(row: Mapping[str, Any]) -> str:
+def _writer(row: Mapping[str, Any]) -> str:
     """Which process wrote a row: newer versions say it, else the names do."""
     producer = row.get("producer")
     if isinstance(producer, str):
@@ -128,6 +128,9 @@ PRIME_RL = Family(
         *("time/broadcast_weights", "dispatcher/", "inference/agg/", "curriculum/", "reward/all/", "solve_none/"),
         *("solve_all/", "decode_len/", "is_truncated/all/", "effective_batch_size/", "stop_condition/all/"),
         *("progress/total_tokens", "progress/total_rollouts", "progress/total_samples", "progress/total_tasks"),
+        # the lines of its console
+        *("max_off_policy", "max_off_policy_level", "async_level", "trainable_of", "truncation_percent"),
+        *("cancelled_percent", "mfu_percent"),
     ),
     aliases={
         "reward/all/mean": "reward",
@@ -148,8 +151,12 @@ PRIME_RL = Family(
         "optim/lr": "learning_rate",
         "optim/grad_norm": "grad_norm",
         "perf/peak_memory": "memory/peak_reserved",
+        # the console's line of a step
+        "truncation_percent": "completions/clipped_ratio",
+        "max_off_policy": "sample/staleness_max",
+        "turns": "rollout/turns_mean",
     },
-    scale={"ref_kl/mean": -1.0},
+    scale={"ref_kl/mean": -1.0, "truncation_percent": 0.01},
     meanings={
         **{name: _BIASED for subset in _SUBSETS for name in (f"{subset}agent/reward/mean", f"{subset}reward/mean")},
         "mismatch_kl/all/mean": "mismatch_kl is the k3 estimate of trainer against sampler, staleness included.",
@@ -163,6 +170,8 @@ PRIME_RL = Family(
         "in steps whose rewards lie between 0 and 1, where that is what they mean.",
         "train/agg/all/agent/num_output_tokens/mean": "num_output_tokens counts what the model wrote in all turns.",
         "off_policy/max": "off_policy counts updates since the oldest weights that wrote a part of the rollout.",
+        "truncation_percent": "The console's reward, turns and truncation are means over the rollouts that are trained on, "
+        "biased by what was left out; metrics.jsonl has those over all.",
         "perf/peak_memory": "peak_memory is what torch's allocator held at most, tensors and its reserve.",
         "time/forward_backward": "time/forward_backward includes the optimizer's step here.",
     },
@@ -192,8 +201,11 @@ PRIME_RL = Family(
             "kl_ent_ratio/",
         ),
         *("ref_kl/", "nll/", "max_vio/", "routing_confidence/", "system/", "producer"),
+        *("trainable", "trainable_of", "branches", "error_percent", "cancelled_percent", "async_level"),
+        *("max_off_policy_level", "seq_length_tokens_sample"),
     ),
     follow=_rollouts,
+    writer=_writer,
     method_of=_method,
     drops_nan=True,
     settings={
