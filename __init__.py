@@ -29,6 +29,7 @@ _PUBLIC = {
     "RewardConfig": "outspoken.trainers.reward",
     "RewardTrainer": "outspoken.trainers.reward",
     "RichProgressCallback": "outspoken.trainers.callbacks",
+    "Recorder": "outspoken.diagnostics.loop",
     "Run": "outspoken.agent_api",
     "SFTConfig": "outspoken.trainers.sft",
     "SFTTrainer": "outspoken.trainers.sft",

@@ -15,7 +15,6 @@ import inspect
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ class DiagnosticsCallback(TrainerCallback, Harmless):
         """What belongs to one call of `train`."""
         self.engine = None  # this and the journal are on rank 0 only
         self._journal: Journal | None = None
-        self._sinks: list[Guarded] | None = None
+        self._sinks = None
         self._args: Any = None
         self._optimizer: Any = None
         self._scheduler: Any = None
@@ -799,12 +798,6 @@ class DiagnosticsCallback(TrainerCallback, Harmless):
 
     def _at_exit(self) -> None:
         self._close("interrupted")
-
-    def _note(self, text: str) -> None:
-        if self._sinks is None:  # before the run has begun
-            print(f"[outspoken] note: {text}", file=sys.stderr)
-        for sink in self._sinks or ():
-            sink.note(text)
 
 
 def _checkpoint_path(args: Any, step: int) -> str:

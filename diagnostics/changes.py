@@ -123,14 +123,19 @@ def judge(trial: Trial, view: RunView, errors: frozenset[str]) -> Judgement | No
 def surviving(observations: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
     """The observation records that led to the checkpoint of `step`, without those of steps that were thrown away.
 
-    A run that died and was resumed from an earlier checkpoint did some steps anew; the later ones count.
+    A run that died and was resumed from an earlier checkpoint did some steps anew; the later ones count. A step was
+    done anew if it was timed again, or if the segment that opened with it begins before it.
     """
     kept: list[dict[str, Any]] = []
     for record in observations:
         at = record.get("step")
         if not isinstance(at, int) or not isinstance(record.get("signals"), Mapping):
             continue
-        if kept and at <= kept[-1]["step"] and "time/step" in record["signals"]:  # not an evaluation after the step
+        last = kept[-1] if kept else None
+        timed = "time/step" in record["signals"]  # not an evaluation after the step
+        if last and (
+            at <= last["step"] if timed else at < last["step"] and record.get("segment") != last.get("segment")
+        ):
             kept = [earlier for earlier in kept if earlier["step"] < at]
         if at <= step:
             kept.append(record)

@@ -42,9 +42,13 @@ class Harmless:
     _failures = 0
     _own_seconds = 0.0  # time that our own work took
     _told: set[str]  # what was said once
+    _sinks: list[Guarded] | None = None  # None: before the run has begun
 
     def _note(self, text: str) -> None:
-        raise NotImplementedError
+        if self._sinks is None:
+            print(f"[outspoken] note: {text}", file=sys.stderr)
+        for sink in self._sinks or ():
+            sink.note(text)
 
     def _failed(self, where: str, error: Exception) -> None:
         if os.environ.get("OUTSPOKEN_DEBUG"):
