@@ -96,3 +96,16 @@ def is_bad(verdict: Mapping[str, Any] | None, diagnostics: Iterable[Mapping[str,
         and record.get("fired_step") is not None
         for record in diagnostics
     )
+
+
+def parameters(given: list[str]) -> dict[str, dict[str, float]]:
+    """Thresholds as `--param RL016.limit=0.3` gives them: rule -> {parameter: number}."""
+    params: dict[str, dict[str, float]] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        code, _, parameter = name.partition(".")
+        try:
+            params.setdefault(code, {})[parameter] = float(value)
+        except ValueError:
+            raise CommandError(f"--param {text!r} must look like RL016.limit=0.3.") from None
+    return params

@@ -12,6 +12,7 @@ from outspoken.cli.common import (
     CommandError,
     JsonFlag,
     is_bad,
+    parameters,
     print_json,
     say,
     severity_style,
@@ -22,13 +23,20 @@ from outspoken.cli.common import (
 def diagnose(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="A run directory, a trainer_state.json, or metrics as JSON lines or CSV."),
+        typer.Argument(
+            metavar="PATH",
+            help="A run directory, or what a run of any system left: its output directory, trainer_state.json, metrics "
+            "as JSON lines or CSV, the text of a console or notebook, TensorBoard, W&B or MLflow files.",
+        ),
     ],
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="The run's settings (YAML or JSON), where PATH lacks them.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="grpo, sft, dpo …; otherwise told from the metrics.")] = None,
-    format: Annotated[str | None, typer.Option(help="The format of PATH, where its content does not tell.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="The format of PATH, or the system that wrote it, where its content does not tell."),
+    ] = None,
     param: Annotated[
         list[str] | None, typer.Option(metavar="CODE.NAME=NUMBER", help="Another threshold, like RL016.limit=0.3.")
     ] = None,
@@ -51,7 +59,7 @@ def diagnose(
             config=config,
             method=method,
             format=format,
-            params=_parameters(param or []),
+            params=parameters(param or []),
             ignore=ignore or (),
             replay=replay,
         )
@@ -62,18 +70,6 @@ def diagnose(
     else:
         print_report(report)
     raise typer.Exit(BAD if is_bad(report["verdict"], report["diagnostics"]) else FINE)
-
-
-def _parameters(given: list[str]) -> dict[str, dict[str, float]]:
-    params: dict[str, dict[str, float]] = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        code, _, parameter = name.partition(".")
-        try:
-            params.setdefault(code, {})[parameter] = float(value)
-        except ValueError:
-            raise CommandError(f"--param {text!r} must look like RL016.limit=0.3.") from None
-    return params
 
 
 def print_report(report: Mapping[str, Any]) -> None:

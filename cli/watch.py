@@ -2,37 +2,167 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from outspoken.cli.common import BAD, CANNOT_JUDGE, FINE, CommandError, RunPath, is_bad, note, print_json
+from outspoken.cli.common import BAD, CANNOT_JUDGE, FINE, CommandError, is_bad, note, parameters, print_json
 
 if TYPE_CHECKING:
     from outspoken.agent_api.run import Run
+    from outspoken.diagnostics.follow import Follower
     from outspoken.diagnostics.rundir import Tail
     from outspoken.diagnostics.sinks import Sink
 
 
 def watch(
-    run: RunPath,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A run directory, or any log that `diagnose` reads and that still grows."),
+    ],
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Tell what happened so far, and stop.")] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="SECONDS", help="Of a log: stop when nothing was written for so long."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Of a log: the run's settings (YAML or JSON), where it lacks them."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Of a log: grpo, sft, dpo …; otherwise told from it.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of a log: its format or system, where its content does not tell.")
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="CODE.NAME=NUMBER", help="Of a log: another threshold.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(metavar="CODE", help="Of a log: switch a rule off.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print for programs: one JSON object a line.")] = False,
 ) -> None:
     """Tell what happens to a run as it happens: diagnostics, changes, verdicts. Ends when the run does.
 
-    Exits with 0, or 1 if the run is bad when it ends (as `diagnose` does), or 2 if it was interrupted.
+    PATH is a run of ours, or the log of any system that `diagnose` reads: then it is judged here, as it grows. A log
+    seldom says that its run is over, so end it with Ctrl-C, or give --timeout.
+
+    Exits with 0, or 1 if the run is bad when it ends (as `diagnose` does), or 2 if it was interrupted or cannot be read.
     """
     from outspoken.agent_api.run import NotARun, Run
-    from outspoken.diagnostics import rundir
     from outspoken.diagnostics.sinks import ConsoleSink, JsonSink
 
-    try:
-        found = Run(run)
-    except NotARun as error:
-        raise CommandError(f"{error}.") from None
     sink: Sink = JsonSink(sys.stdout) if json else ConsoleSink(sys.stdout)
+    settings = {
+        "--config": config,
+        "--method": method,
+        "--format": format,
+        "--param": param,
+        "--ignore": ignore,
+        "--timeout": timeout,
+    }
+    try:
+        found = Run(path)
+    except NotARun as error:
+        if not _may_hold_a_log(path):
+            raise CommandError(f"{error}, and no log that `outspoken diagnose` reads.") from None
+        follower = _follower(path, format, config, method, param, ignore)
+        _watch_log(follower, sink, interval, once, timeout, json)
+    given = [name for name, value in settings.items() if value]
+    if given:
+        raise CommandError(f"{path} is a run of ours, which judges itself; {given[0]} is for logs of other systems.")
+    _watch_run(found, sink, interval, once, json)
+
+
+# ---------------------------------------------------------------------- the log of any system
+
+
+def _may_hold_a_log(path: str) -> bool:
+    from outspoken.diagnostics.sources import UnreadableLog
+    from outspoken.diagnostics.sources.discover import find_log
+
+    try:
+        return Path(path).is_file() or (Path(path).is_dir() and find_log(Path(path), []) is not None)
+    except UnreadableLog:
+        return False
+
+
+def _follower(
+    path: str,
+    format: str | None,
+    config: str | None,
+    method: str | None,
+    param: list[str] | None,
+    ignore: list[str] | None,
+) -> "Follower":
+    from outspoken.diagnostics.follow import Follower
+    from outspoken.diagnostics.rules.registry import ANY_METHOD
+    from outspoken.diagnostics.sources import FORMATS
+
+    for option, value, known in (("--method", method, ANY_METHOD), ("--format", format, FORMATS)):
+        if value is not None and value not in known:
+            raise CommandError(f"{option} {value!r} is not known; choose one of {', '.join(known)}.")
+    return Follower(path, format, config, method, parameters(param or []), ignore or ())
+
+
+def _watch_log(
+    follower: "Follower", sink: "Sink", interval: float, once: bool, timeout: float | None, json: bool
+) -> NoReturn:
+    """Judge a log as it grows, until it says that the run is over, nothing comes any more, or Ctrl-C."""
+    from outspoken.diagnostics.sources import UnreadableLog
+
+    said, quiet_since = "", time.monotonic()
+    ended = "still open"
+    try:
+        while True:
+            fed = follower.run and len(follower.run.observations)
+            last = once or (timeout is not None and time.monotonic() - quiet_since > timeout)
+            try:
+                transitions = follower.look(last=last)
+            except UnreadableLog as error:
+                if last:
+                    raise
+                note(f"{error} Waiting for it to be readable again.")
+                transitions = []
+            if follower.run and len(follower.run.observations) != fed:
+                quiet_since = time.monotonic()
+            for text in follower.notes:
+                note(text)
+            follower.notes = []
+            for transition in transitions:
+                sink.transition(transition)
+            if follower.engine is not None:
+                if (digest := follower.engine.take_digest()) is not None:
+                    sink.note(digest)
+                sink.verdict(follower.engine.verdict())
+            if follower.waiting and (last or follower.waiting != said):
+                said = follower.waiting
+                if last:
+                    raise CommandError(said)
+                note(f"{said} Waiting for a row of metrics.")
+            if last or follower.over:
+                ended = "finished" if follower.over else ("read" if once else f"silent for {timeout:g} seconds")
+                break
+            time.sleep(follower.pause(interval))
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from None
+    except KeyboardInterrupt:
+        ended = "left"
+    engine = follower.engine
+    if engine is None:
+        raise typer.Exit(CANNOT_JUDGE)
+    if json:
+        print_json({"event": "outspoken.run", "run": None, "status": ended, "step": engine.view.step})
+    else:
+        print(f"[outspoken] LOG {ended} at step {engine.view.step}")
+    raise typer.Exit(BAD if is_bad(engine.verdict(), engine.diagnostics().values()) else FINE)
+
+
+# ---------------------------------------------------------------------- a run of ours
+
+
+def _watch_run(found: "Run", sink: "Sink", interval: float, once: bool, json: bool) -> NoReturn:
+    from outspoken.diagnostics import rundir
+
     diagnostics, changes = rundir.Tail(found.path / rundir.DIAGNOSTICS), rundir.Tail(found.path / rundir.CHANGES)
     shown: set[str] = set()
     while True:

@@ -5,7 +5,7 @@ recorded, without a replay, unless one is asked for.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,21 +77,8 @@ def replayed(
 ) -> dict[str, Any]:
     """The report on a log, judged by replaying every observation. `given` settings win over recorded ones."""
     clock = _Clock()
-    ours = run.format == "run_directory"
-    card = _card(Path(run.path).parent) if ours else {}
-    configs = _configs(run, Path(run.path).parent, given or {}) if ours else {}
-    run_id = _text(card.get("id"))
-    engine = Engine(
-        method=run.method,
-        config=configs.get(0, run.config),
-        facts=run.facts,
-        params=params,
-        ignore=ignore,
-        total_steps=run.total_steps,
-        run_id=run_id or "log",
-        source="log",
-        clock=clock,
-    )
+    configs = _configs(run, Path(run.path).parent, given or {}) if run.format == "run_directory" else {}
+    engine = engine_for(run, params, ignore, clock, configs.get(0))
     starts = {segment.first: segment for segment in run.segments[1:]}
     for i, observation in enumerate(run.observations):
         if i in starts:
@@ -114,7 +101,7 @@ def replayed(
             "signals": run.signals,
             "notes": run.notes,
         },
-        run=run_id,
+        run=_run_id(run),
         method=run.method,
         config_known=run.config_known,
         verdict=engine.verdict(),
@@ -122,6 +109,31 @@ def replayed(
         not_checked=engine.not_checked(),
         notes=notes,
     )
+
+
+def engine_for(
+    run: LoggedRun,
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    ignore: Iterable[str] = (),
+    clock: Callable[[], float] = time.time,
+    config: Mapping[str, Any] | None = None,
+) -> Engine:
+    """An engine that judges a log. `config`: settings at its start, where they are not those of the whole run."""
+    return Engine(
+        method=run.method,
+        config=run.config if config is None else config,
+        facts=run.facts,
+        params=params,
+        ignore=ignore,
+        total_steps=run.total_steps,
+        run_id=_run_id(run) or "log",
+        source="log",
+        clock=clock,
+    )
+
+
+def _run_id(run: LoggedRun) -> str | None:
+    return _text(_card(Path(run.path).parent).get("id")) if run.format == "run_directory" else None
 
 
 def _configs(run: LoggedRun, directory: Path, given: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
