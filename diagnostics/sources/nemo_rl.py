@@ -103,7 +103,7 @@ NEMO_RL = Family(
         "groups/all_passed": Derived(("baseline_reward/pct_1", "reward"), _share),
         "groups/zero_std": Derived(
             ("baseline_reward/pct_0", "baseline_reward/pct_1", "reward"),
-            lambda none, all_, reward: min(1.0, _share(none, reward) + _share(all_, reward)),
+            lambda none, all_, reward: _share(min(100.0, none + all_), reward),
         ),
         "rewards/accuracies": Derived(("preference_loss", "accuracy"), lambda _, accuracy: accuracy),
     },
