@@ -64,7 +64,8 @@ def watch(
         found = Run(path)
     except NotARun as error:
         if not _may_hold_a_log(path):
-            raise CommandError(f"{error}, and no log that `outspoken diagnose` reads.") from None
+            why = f"{error}, and no log that `outspoken diagnose` reads." if Path(path).exists() else ""
+            raise CommandError(why or f"{path}: there is no such file or directory.") from None
         follower = _follower(path, format, config, method, param, ignore)
         _watch_log(follower, sink, interval, once, timeout, json)
     given = [name for name, value in settings.items() if value]
