@@ -75,7 +75,7 @@ TORCHTUNE = Family(
         "ratios": "ratios is 1 by construction in torchtune's linear GRPO loss; no rule reads it.",
         "approx_policy_kl": "approx_policy_kl is k2 over all positions, padding included, so it keeps its own name.",
         "num_stop_tokens": "num_stop_tokens counts the responses that ended, of a batch whose size is not logged, so no share was made of it.",
-        "peak_memory_alloc": "memory is in GiB; torchtune before 0.5 wrote units of 10^9 bytes, 7% more.",
+        "peak_memory_alloc": "memory is in GiB; older versions of torchtune wrote units of 10^9 bytes, which reads 7% more.",
     },
     zero_if_off=frozenset({"clipfrac", *(f"{prefix}clipfrac" for prefix in _ASYNC)}),
     known=(

@@ -105,7 +105,7 @@ VERL = Family(
             "response_length/max": "completions/max_length",
             "response_length/clip_ratio": "completions/clipped_ratio",
             "rollout_corr/kl": "sampling/k1",
-            "mismatch/mismatch_kl": "sampling/k1",  # the same before 0.7
+            "mismatch/mismatch_kl": "sampling/k1",  # the same in older versions
             "rollout_corr/k3_kl": "sampling/k3",
             "mismatch/mismatch_k3_kl": "sampling/k3",
             "rollout_corr/rollout_is_mean": "sampling/importance_sampling_ratio/mean",
@@ -129,7 +129,7 @@ VERL = Family(
     meanings=_both(
         {
             "critic/rewards/mean": "critic/score is the reward as scored and was read as reward; critic/rewards is the same after the KL penalty.",
-            "actor/kl_loss": "actor/kl_loss was taken for k3 in nats per token, as kl_loss_type=low_var_kl logs it; veRL 0.5 to 0.6 divides it by the number of micro-batches, so trust its course more than its size.",
+            "actor/kl_loss": "actor/kl_loss was taken for k3 in nats per token, as kl_loss_type=low_var_kl logs it; some versions of veRL divide it by the number of micro-batches, so trust its course more than its size.",
             "actor/reward_kl_penalty": "actor/reward_kl_penalty is k1 (mean difference of log-probabilities to the reference), which may be negative.",
             "critic/kl": "critic/kl is k1 (mean difference of log-probabilities to the reference), which may be negative.",
             "actor/pg_clipfrac": "actor/pg_clipfrac counts tokens whose clip is active, as clip_ratio/region_mean does; actor/pg_clipfrac_lower counts those held by the dual clip and stays apart.",
