@@ -59,20 +59,20 @@ def load(path: Path, max_yaml: int = MAX_CONFIG) -> dict[str, Any]:
         raise UnreadableLog(f"{path}: the configuration cannot be read ({error.strerror or error}).") from None
     except UnicodeDecodeError as error:
         raise UnreadableLog(f"{path}: is not UTF-8 text (byte {error.start}), so it is no configuration.") from None
-    value = _parse(path, text, max_yaml)
+    if len(data) > max_yaml and path.suffix != ".toml" and not text.lstrip().startswith("{"):
+        raise UnreadableLog(f"{path}: is larger than {max_yaml // 1024} KiB, which no configuration in YAML is.")
+    value = _parse(path, text)
     if not isinstance(value, dict):
         raise UnreadableLog(f"{path}: must hold settings as `name: value`, not a {type(value).__name__}.")
     return {str(k): v for k, v in value.items()}
 
 
-def _parse(path: Path, text: str, max_yaml: int) -> Any:
+def _parse(path: Path, text: str) -> Any:
     try:
         if path.suffix == ".toml":
             return tomllib.loads(text)
         if text.lstrip().startswith("{"):
             return json.loads(text)
-        if len(text) > max_yaml:
-            raise UnreadableLog(f"{path}: is larger than {max_yaml // 1024} KiB, which no configuration in YAML is.")
         return yaml.safe_load(text)
     except tomllib.TOMLDecodeError as error:
         raise UnreadableLog(f"{path}: is not valid TOML ({error}).") from None

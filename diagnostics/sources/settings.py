@@ -37,7 +37,7 @@ _KINDS = {
         undesirable_weight vllm_gpu_memory_utilization vllm_importance_sampling_cap
         vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min warmup_ratio warmup_steps weight_decay""",
     "flag": """
-        activation_offloading assistant_only_loss auto_find_batch_size average_tokens_across_devices bf16
+        activation_checkpointing activation_offloading assistant_only_loss auto_find_batch_size average_tokens_across_devices bf16
         cast_lm_head_to_fp32 completion_only_loss disable_dropout dynamic_sampling eval_on_start eval_packing fp16
         gradient_checkpointing group_by_length load_best_model_at_end logging_first_step logging_nan_inf_filter
         mask_truncated_completions normalize_advantages packing padding_free precompute_ref_log_probs
@@ -183,6 +183,11 @@ _ONLY_IN = {
     "center_rewards_coefficient": "reward",
     "completion_only_loss": "sft",
 }
+_BUILT_ON = (
+    "lmbda",
+    "distillation_alpha",
+    "teacher_model_init_kwargs",
+)  # further methods, which have those fields too
 
 _REFERENCE = re.compile(r"^\$\{([\w.]+)\}$")
 _ENUM = re.compile(r"^[A-Z]\w*\.([A-Z][A-Z_0-9]*)$")  # IntervalStrategy.STEPS
@@ -433,7 +438,7 @@ def _method(flat: Mapping[str, Any], dialect: str) -> str | None:
             return methods[value.strip()]
     if dialect == "trl":
         told = {method for name, method in _ONLY_IN.items() if name in flat}
-        return told.pop() if len(told) == 1 and "lmbda" not in flat else None
+        return told.pop() if len(told) == 1 and not any(name in flat for name in _BUILT_ON) else None
     return None
 
 
@@ -558,9 +563,12 @@ def _plain(value: Any) -> Any:
     if match is not None:
         return match.group(1).lower()
     try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text) if text[-1].isdigit() else text
+        if text.lstrip("+-").isdecimal():
+            return int(text)
+        if text[-1].isdigit():
+            return float(text)
     except ValueError:
-        pass
+        return text
     if text[0] in "[{":
         for read in (json.loads, ast.literal_eval):
             try:
