@@ -58,15 +58,15 @@ def _rollouts() -> Callable[[Observation], None]:
     def follow(observation: Observation) -> None:
         seen: dict[str, float] = observation.signals  # type: ignore[assignment]
         agents.update(match[1] for name in seen if (match := _REWARD.match(name)) is not None)
-        if len(agents) != 1:
+        if len(agents) > 1:
             return
-        (agent,) = agents
-        for subset in _SUBSETS:
-            for theirs, ours in _ROLLOUTS.items():
-                value = seen.get(f"{subset}{agent}{theirs}")
-                if value is not None:
-                    seen.setdefault(ours, value)
-        _add_solved(seen, agent)
+        for agent in agents:
+            for subset in _SUBSETS:
+                for theirs, ours in _ROLLOUTS.items():
+                    value = seen.get(f"{subset}{agent}{theirs}")
+                    if value is not None:
+                        seen.setdefault(ours, value)
+            _add_solved(seen, agent)
         count = seen.get("progress/rollouts", seen.get("progress/samples"))
         if count is not None and "reward" in seen:
             seen.setdefault("num_completions", count)
@@ -91,7 +91,9 @@ def _add_solved(seen: dict[str, float], agent: str) -> None:
 
 
 def _writer(row: Mapping[str, Any]) -> str:
-    """Which process wrote a row: newer versions say it, else the names do."""
+    """Which process wrote a row: newer versions say it, else the names do. Rows about the servers have no step."""
+    if row.get("step") is None:
+        return "servers"
     producer = row.get("producer")
     if isinstance(producer, str):
         return producer
