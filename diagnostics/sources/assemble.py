@@ -21,7 +21,7 @@ MAX_RESTARTS = 0.2  # share of rows; with more, the step column does not count s
 NAMES_SHOWN = 12
 REPEAT_SHARE = 0.3  # share of rows that repeat the measurements of the row before, for a log that was filled forward
 WINDOW = 1_000  # steps within which a late evaluation finds its step
-ROWS_REMEMBERED = 200_000  # rows among which a row that comes again is found
+ROWS_REMEMBERED = 100_000  # rows, at least, among which a row that comes again is found
 KEPT_CELLS = 2_000_000  # of observations, in memory; more are made anew for each pass
 HEAD_ROWS = 100  # rows at the start that may describe the run
 RANKS = ("rank", "global_rank", "process_index", "local_rank")
@@ -387,7 +387,8 @@ class _Merger:
         lowest_rank = min(self.seen.ranks[self.rank]) if self.rank is not None else None
         pending: list[_Point] = []  # by step
         at: dict[int, _Point] = {}  # the same
-        remembered: dict[int, None] = {}  # hashes of rows, the oldest first
+        remembered: set[int] = set()  # hashes of rows
+        older: set[int] = set()  # and of those before them
         opens = "start"  # why the next point that is released begins a segment
         newest: dict[str, int] = {}  # writer -> step of its newest training row in this segment
 
@@ -410,13 +411,13 @@ class _Merger:
             if axis is not None:
                 step = _step_of(row.get(axis))
                 key = hash(repr(row))
-                if key in remembered and row.get(axis) is not None:
+                if (key in remembered or key in older) and row.get(axis) is not None:
                     account.duplicate += len(row)
                     tally.dropped_rows += 1
                     continue
-                remembered[key] = None
+                remembered.add(key)
                 if len(remembered) > ROWS_REMEMBERED:
-                    del remembered[next(iter(remembered))]
+                    remembered, older = set(), remembered
                 of_other = self.rank is not None and _step_of(row.get(self.rank)) not in (lowest_rank, None)
                 if self.first_only and step is not None and step == last and step in at:
                     of_other = of_other or self._contradicts(at[step], row)
