@@ -9,6 +9,7 @@ to stderr unbuffered and the dict to stdout, so that in a file the dict often fo
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,12 +25,13 @@ Segments = Iterable[tuple[int, str]]  # (number of the line, text)
 Cells = dict[str, Any]
 
 MAX_DEPTH = 4  # of dicts within a dict
-MAX_VALUE = 65_536  # characters of one value that is no plain number
+MAX_CELLS = 20_000  # of one row
+MAX_NAME = 300  # characters; a longer name is none of a metric
+MAX_VALUE = 32_768  # characters of one value that is no plain number
 MAX_BLOCK = 2_000  # lines of one dict that is printed over several
-MAX_TRIES = 20  # dicts of one segment that cannot be read, before the rest of it is given up
+MAX_TRIES = 10  # dicts of one segment that cannot be read, before the rest of it is given up
 MAX_CARRIED = 1024 * 1024  # characters of a line that comes in pieces
 NUMERIC_SHARE = 0.6  # of a dict's values; with fewer numbers it is a sample or a configuration
-LEAST_ROWS = 2  # of one form, before a style that many texts resemble is believed
 LINES_SHOWN = 10
 
 
@@ -38,8 +40,9 @@ class _Tally:
     """What became of the lines.
 
     Attributes:
-        lines: gone through. held: the last line that gave a row. holding: lines that gave one.
-        broken: numbers of lines that looked like metrics and could not be parsed, the first few; broken_count: of all.
+        lines: gone through, without blank ones. held: the last line that gave a row; failed: that failed. holding: lines that gave one.
+        broken: numbers of lines that looked like metrics and could not be parsed in full, the first few.
+        broken_count: how many they are; broken_lines: those of them that gave no row.
         open_end: whether the segment at hand is the last one and its line has no end.
         left_out: the cell that was left out for that reason.
         remarks: sentences for the user.
@@ -47,9 +50,11 @@ class _Tally:
 
     lines: int = 0
     held: int = 0
+    failed: int = 0
     holding: int = 0
     broken: list[int] = field(default_factory=list)
     broken_count: int = 0
+    broken_lines: int = 0
     open_end: bool = False
     left_out: str | None = None
     remarks: list[str] = field(default_factory=list)
@@ -60,9 +65,13 @@ class _Tally:
             self.holding += 1
 
     def fail(self, number: int) -> None:
+        if number == self.failed:
+            return
+        self.failed = number
         if self.broken_count < LINES_SHOWN:
             self.broken.append(number)
         self.broken_count += 1
+        self.broken_lines += number != self.held
 
     def without_torn_end(self, row: Row) -> Row:
         """Without its last cell where the file ends within the line: the number may be cut."""
@@ -122,26 +131,22 @@ def rows(lines: Iterator[tuple[int, str, bool]], style: str, path: Path, notes: 
     yield from chosen.read(_segments(lines, tally), tally)
     notes.append(f"Read as console output: {chosen.title}.")
     notes.extend(tally.remarks)
-    others = tally.lines - tally.holding - tally.broken_count
+    others = tally.lines - tally.holding - tally.broken_lines
     if others > 0:
         notes.append(f"{count_of(others, 'line')} held no metrics.")
     if tally.broken_count:
         shown = ", ".join(map(str, tally.broken)) + (" …" if tally.broken_count > len(tally.broken) else "")
-        were = "was" if tally.broken_count == 1 else "were"
         many = count_of(tally.broken_count, "line")
-        notes.append(f"{many} looked like metrics but could not be parsed and {were} skipped: {shown}.")
+        notes.append(f"{many} looked like metrics but could not be read in full; what could not was skipped: {shown}.")
     if tally.left_out is not None:
         notes.append(f"The last line has no end, so its last value, {tally.left_out!r}, may be cut and was left out.")
 
 
 def _repeating(found: Iterator[Row]) -> int:
-    """How many rows have a form that another row has too."""
-    forms: dict[tuple[str, ...], int] = {}
-    for row in found:
-        form = tuple(row)
-        if form in forms or len(forms) < 10_000:
-            forms[form] = forms.get(form, 0) + 1
-    return sum(n for n in forms.values() if n >= LEAST_ROWS)
+    """How many rows share two names with another one: what stands there once may be so by chance."""
+    forms = [tuple(row) for row in found]
+    times = Counter(name for form in forms for name in form)
+    return sum(1 for form in forms if sum(1 for name in form if times[name] > 1) >= 2)
 
 
 # ---------------------------------------------------------------------- segments
@@ -154,7 +159,7 @@ def _segments(lines: Iterable[tuple[int, str, bool]], tally: _Tally) -> Iterator
     """The segments of lines; a line that comes in pieces is put together."""
     carried, number = "", 0
     for number, text, ended in lines:
-        tally.lines += 1
+        tally.lines += bool(text.strip())
         if carried:
             text, carried = carried + text, ""
         if "\x1b" in text:
@@ -215,13 +220,14 @@ def _is_number(value: Any) -> bool:
 
 def _figure(text: str) -> float | int:
     """A match of `_NUMBER` as a number."""
-    value = _value(text.replace(",", ""))
+    value = _value(text.replace(",", "") if "," in text else text)
     return value if _is_number(value) else float("nan")
 
 
-@lru_cache(maxsize=4096)
 def _is_measured(name: str) -> bool:
     """Whether a name is one of a measurement, and not of a setting."""
+    if len(name) > MAX_NAME:
+        return False
     plain = name.strip().lower().replace(" ", "_")
     if plain in _SETTINGS or plain.rsplit("/", 1)[-1] in _SETTINGS:
         return False
@@ -230,7 +236,7 @@ def _is_measured(name: str) -> bool:
     return _MEASURED.search(plain) is not None and _NOT_MEASURED.match(plain) is None
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _evidence(names: tuple[str, ...]) -> tuple[bool, tuple[str, ...], tuple[str, ...]]:
     """Of the names of a row: whether one counts steps or epochs, those that measure, and those of a loss."""
     plain = [name.strip().lower() for name in names]
@@ -269,13 +275,14 @@ _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\[\](){}<>,]|[^'"\[
 _CLOSING = {"[": "]", "(": ")", "{": "}", "<": ">"}
 _LEADING = re.compile(rf"\s*\[?\s*({_NUMBER})\s*(?:[\],)]|$)")
 _END = re.compile(r"\s*([,}])")
+_EMPTY = re.compile(r"\s*\}")
 
 
 def _read_dict(text: str, at: int, depth: int = 0) -> tuple[Row, int, bool]:
     """The dict that begins at `at`: its cells, where it ends, and whether it is complete."""
     row: Row = {}
     at += 1
-    while True:
+    while len(row) < MAX_CELLS:
         pair = _PAIR.match(text, at)
         if pair is not None:
             single, double, word, quoted, quoted2, end = pair.groups()
@@ -291,7 +298,7 @@ def _read_dict(text: str, at: int, depth: int = 0) -> tuple[Row, int, bool]:
         else:
             key = _KEY.match(text, at)
             if key is None:  # {} or a comma before the brace
-                closed = re.compile(r"\s*\}").match(text, at)
+                closed = _EMPTY.match(text, at)
                 return row, closed.end() if closed else at, closed is not None
             value, after = _read_value(text, key.end(), depth)
             ended = _END.match(text, after) if after >= 0 else None
@@ -301,6 +308,7 @@ def _read_dict(text: str, at: int, depth: int = 0) -> tuple[Row, int, bool]:
             at, end = ended.end(), ended.group(1)
         if end == "}":
             return row, at, True
+    return row, at, False
 
 
 def _read_value(text: str, at: int, depth: int) -> tuple[Any, int]:
@@ -409,19 +417,21 @@ def _verl_rows(text: str) -> Iterator[Row | None]:
     """`step:3 - actor/pg_loss:0.1 - critic/score/mean:np.float64(0.5)`, anywhere in a line."""
     for found in _VERL_STEP.finditer(text):
         row: Row = {"step": int(found.group(1))}
-        tail = text[found.end() :].split(" - ")
-        good = True
-        for cell in tail:
-            name, colon, value = cell.rpartition(":")
-            number = _VERL_VALUE.match(value)
-            if not colon or number is None or (number.end() < len(value) and cell is not tail[-1]):
-                good = False  # a following row on the same line, or another process in between
-                break
-            word = number.group(1)
-            row[name.strip()] = _WORDS[word] if word in _WORDS else _figure(word)
+        whole = True
+        cells = text[found.end() :].split(" - ")
+        for i, cell in enumerate(cells, 1):
+            name, _, word = cell.rpartition(":")
+            value = _value(word)
+            if isinstance(value, str):  # np.float64(0.5); after the last one, what another process wrote on the line
+                number = _VERL_VALUE.match(word)
+                if number is None or (i < len(cells) and number.end() < len(word)):
+                    whole = False
+                    continue
+                value = _value(number.group(1))
+            row[name.strip()] = value
         if len(row) > 1:
             yield row
-        if not good:
+        if not whole:
             yield None
 
 
@@ -469,7 +479,6 @@ _PRIME_FIELD = re.compile(
     rf"([A-Z][A-Za-z. @-]*?)(:?) ?({_NUMBER})(?:/({_NUMBER}))?\s*(%|[A-Za-z][\w/]*)?\s*(?:\([^()]*\))?"
 )
 _DURATION = re.compile(r"(?:(\d+)d\s*)?(?:(\d+)h\s*)?(?:(\d+)m\s*)?(?:(\d+(?:\.\d+)?)s)?")
-_UNITS_KNOWN = frozenset((*_PRIME_NAMES.values(),))  # their unit is that of metrics.jsonl
 
 
 def _duration(text: str) -> float | None:
@@ -485,6 +494,15 @@ def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9@]+", "_", label.lower()).strip("_")
 
 
+@lru_cache(maxsize=512)
+def _prime_name(label: str, unit: str | None, old: bool) -> tuple[str, str]:
+    """What a label's number is called, and the total behind it: a name of metrics.jsonl, or the label and its unit."""
+    suffix = f"_{_slug('percent' if unit == '%' else unit)}" if unit else ""
+    own = _slug(label) + suffix
+    name = _PRIME_NAMES.get(label) or (_PRIME_OLD if old else _PRIME_NEW).get(label) or own
+    return name, f"{_slug(label)}_of{suffix}"
+
+
 def _prime_rows(text: str) -> Iterator[Row | None]:
     """`Step 12 | Time: 1.20s | Reward: 0.5 | …`, and since 0.6 `Step 12 | 18m 23s | Reward 0.5 | …`."""
     found = _PRIME_STEP.search(text)
@@ -494,21 +512,21 @@ def _prime_rows(text: str) -> Iterator[Row | None]:
     signed = good = False
     for piece in text[found.end() :].split("|"):
         piece = piece.strip()
-        seconds = _duration(piece.removeprefix("Time:").strip())
-        if seconds is not None:
-            row["time/step"] = seconds
-            continue
+        if piece[:1].isdigit() or piece.startswith("Time:"):
+            seconds = _duration(piece.removeprefix("Time:").strip())
+            if seconds is not None:
+                row["time/step"] = seconds
+                continue
         part = _PRIME_FIELD.fullmatch(piece)
         if part is None:
             good = False
             break
         label, colon, number, total, unit = part.groups()
         signed = signed or label in _PRIME_SIGNS
-        name = _PRIME_NAMES.get(label) or (_PRIME_OLD if colon else _PRIME_NEW).get(label) or _slug(label)
-        suffix = f"_{_slug('percent' if unit == '%' else unit)}" if unit else ""
-        row[name if name in _UNITS_KNOWN else name + suffix] = _figure(number)
+        name, of = _prime_name(label, unit, bool(colon))
+        row[name] = _figure(number)
         if total is not None:
-            row[f"{_slug(label)}_of{suffix}"] = _figure(total)
+            row[of] = _figure(total)
         good = True
     if signed and good:
         yield row
@@ -518,7 +536,7 @@ def _prime_rows(text: str) -> Iterator[Row | None]:
 
 # ---------------------------------------------------------------------- styles of several lines
 
-_PRETTY_PAIR = re.compile(r"""^\s*['"].{0,400}[,}]$""")
+_PRETTY_PAIR = re.compile(r"""^\s*(?:'[^']{1,300}'|"[^"]{1,300}")\s*:\s.{1,400}$""")
 
 
 def _pretty_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
@@ -563,7 +581,7 @@ def _pretty_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
                 yield found
 
 
-_NEMO_HEADER = re.compile(r"={5,} (Step|Epoch) (\d{1,12})/(\d{1,12}) ={5,}")
+_NEMO_HEADER = re.compile(r"(?<!=)={5,} (Step|Epoch) (\d{1,12})/(\d{1,12}) ={5,}")
 _NEMO_SECTION = re.compile(
     r"^\W*(Training Results|Validation Results|Timing|Validation Timing|Performance Metrics):\s*$"
 )
@@ -585,6 +603,14 @@ _NEMO_NAMES = {
 }
 
 
+@lru_cache(maxsize=512)
+def _nemo_name(section: str, label: str, unit: str | None) -> str:
+    name = f"{section}/{_slug(label)}"
+    if unit and not section.startswith("timing"):  # those are seconds, by their own name
+        name += f"_{_slug('percent' if unit == '%' else unit)}"
+    return _NEMO_NAMES.get(f"{section}/{label}", name)
+
+
 def _nemo_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
     """NeMo-RL's blocks under the header of a step; a row is all that stands between two headers.
 
@@ -593,7 +619,9 @@ def _nemo_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
     row: Row = {}
     epoch, section = 1, ""
     for number, text in segments:
-        header = _NEMO_HEADER.search(text)
+        if len(text) > 1_000:
+            continue
+        header = _NEMO_HEADER.search(text) if "===== " in text else None
         if header is not None:
             if _measures(row):
                 yield row
@@ -604,23 +632,20 @@ def _nemo_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
                 row = {"step": (epoch - 1) * total + done}
             section = ""
             continue
-        if ":" not in text:
-            continue
-        titled = _NEMO_SECTION.match(_bare(text))
+        titled = _NEMO_SECTION.match(_bare(text)) if text.rstrip().endswith(":") else None
         if titled is not None:
             section = _NEMO_PREFIX[titled.group(1)]
             if section == "train" and "train/loss" in row:  # no header since the last block
                 yield row
                 row = {}
             continue
-        bullet = _NEMO_BULLET.match(_bare(text)) if section else None
-        if bullet is None or len(row) > MAX_BLOCK:
+        if not section or ":" not in text:
+            continue
+        bullet = _NEMO_BULLET.match(text) or _NEMO_BULLET.match(_bare(text))
+        if bullet is None or len(row) > MAX_CELLS:
             continue
         label, figure, unit = bullet.groups()
-        name = _NEMO_NAMES.get(f"{section}/{label}", f"{section}/{_slug(label)}")
-        if unit and not section.startswith("timing") and name not in _NEMO_NAMES.values():
-            name += f"_{_slug('percent' if unit == '%' else unit)}"
-        row[name] = _figure(figure)
+        row[_nemo_name(section, label, unit)] = _figure(figure)
         tally.hold(number)
     if _measures(row):
         yield tally.without_torn_end(row)
@@ -697,19 +722,28 @@ def is_header(cells: Sequence[str]) -> bool:
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_")
 
 
+FRAME_REMARK = "In a printed data frame NaN stands for what was not logged as well; it was taken for that."
+
+
 def table_row(header: Sequence[str], cells: Sequence[str]) -> Row | None:
     """A line of a table under its header; None if it does not belong to it. Cells without a number are left out."""
-    if len(cells) == len(header) + 1 and cells[0].isdigit():  # the index of a data frame
+    frame = is_frame_line(header, cells)
+    if frame:
         cells = cells[1:]
     if len(cells) != len(header):
         return None
     row: Row = {}
     for name, cell in zip(header, cells):
-        if cell.lower() in _NOT_LOGGED:
+        if cell.lower() in _NOT_LOGGED or (frame and cell == "NaN"):
             continue
         plain = cell.replace(",", "") if re.fullmatch(_NUMBER, cell) else cell
         row[name] = _value(plain)
     return row if any(_is_number(value) for value in row.values()) else None
+
+
+def is_frame_line(header: Sequence[str], cells: Sequence[str]) -> bool:
+    """Whether a line is one of a pandas data frame: with an index before the cells that have names."""
+    return len(cells) == len(header) + 1 and cells[0].isdigit()
 
 
 def _table_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
@@ -722,8 +756,10 @@ def _table_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
         if header and _RULE.match(text):
             continue
         if header and any(ch.isdigit() for ch in text):
-            row = table_row(header, cells_of(text)) or table_row(header, text.split())
+            row = table_row(header, cells := cells_of(text)) or table_row(header, cells := text.split())
             if row is not None and any(_is_number(row.get(name)) for name in clocks):
+                if "NaN" in cells and is_frame_line(header, cells) and FRAME_REMARK not in tally.remarks:
+                    tally.remarks.append(FRAME_REMARK)
                 tally.hold(number)
                 yield tally.without_torn_end(row)
                 continue
@@ -746,7 +782,7 @@ def _is_plain_csv(lines: Sequence[str]) -> bool:
 
 _STEP_WORD = re.compile(
     r"(?<![\w/.-])(?:global[ _]?|train[ _]?|training[ _]?)?(?:step|iter|iteration|update)s?\b\s*[:=#]?\s*\[?\s*"
-    r"(\d[\d,]{0,15})(?:\s*(?:/|of)\s*\d[\d,]*)?\]?(?![\w.%]\w|\w)",
+    r"(\d[\d,]{0,15})(?:\s*(?:/|of)\s*(\d[\d,]{0,15}))?\]?(?![\w.%]\w|\w)",
     re.IGNORECASE,
 )
 _EPOCH_WORD = re.compile(
@@ -762,37 +798,64 @@ _MARKED = re.compile(
     r"(?=\s|$)\s*"
 )
 _SPACED = re.compile(rf"({_NAME}(?: {_NAME})?) +({_NUMBER})(?: ?({_UNITS}))?(?: ?\([^()]*\))?")
+_MARKS = re.compile(r"[ \t]{0,8}([:=])[ \t]*")
 _FIELDS = re.compile(r"\s*[|;]\s*|,\s+|,$|\s{2,}|\t|\s+[-–]\s+")
 
 
-def _pair_rows(text: str) -> Iterator[Row | None]:
-    """`step 100 | loss 2.31 | lr 1e-4`, `Epoch 1/3 Step 20: loss=0.5, acc=0.9`: only where all after the step is pairs."""
+def _pair_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
+    """`step 100 | loss 2.31 | lr 1e-4`, `Epoch 1/3 Step 20: loss=0.5, acc=0.9`: only where all after the step is pairs.
+
+    Steps that begin anew in each epoch count on.
+    """
+    before: Row = {}
+    begun = 0
+    for number, text in segments:
+        made = _pairs(text)
+        if made is None:
+            continue
+        row, total = made
+        step, epoch = row.get("step"), row.get("epoch")
+        if step is not None:
+            if epoch is not None and epoch > before.get("epoch", epoch) and step <= before["step"]:
+                begun += total if total is not None else before["step"]
+            if "epoch" in row:
+                before = {"step": step, "epoch": epoch}
+            row["step"] = step + begun
+        tally.hold(number)
+        yield tally.without_torn_end(row)
+    if begun:
+        tally.remarks.append("Steps begin anew in each epoch there; they were counted on.")
+
+
+def _pairs(text: str) -> tuple[Row, int | None] | None:
+    """The row of a line, and how many steps it says there are; None if it is not made of pairs."""
     if len(text) > 5_000:
-        return
+        return None
     step, epoch = _STEP_WORD.search(text), _EPOCH_WORD.search(text)
     began = step or epoch
     if began is None:
-        return
+        return None
     row: Row = {}
+    total = None
     if step is not None:
         row["step"] = int(step.group(1).replace(",", ""))
+        total = int(step.group(2).replace(",", "")) if step.group(2) else None
     end = began.end()
     if epoch is not None and (
         step is None or epoch.start() < step.start() or not text[end : epoch.start()].strip(" ,|")
     ):
         row["epoch"] = _value(epoch.group(1))
         end = max(end, epoch.end())
-    rest = re.sub(r"\s*([:=])\s*", r"\1", text[end:]).strip(" \t:|,;-–>)]}")
+    rest = _MARKS.sub(r"\1", text[end:]).strip(" \t:|,;-–>)]}")
     for piece in _FIELDS.split(rest):
         if not piece:
             continue
         for name, number, unit in _pairs_of(piece):
             if name in row or not name:
-                return
+                return None
             if number is not None:
                 row[f"{name} ({unit})" if unit else name] = _figure(number)
-    if _measures(row):
-        yield row
+    return (row, total) if _measures(row) else None
 
 
 def _pairs_of(piece: str) -> Iterator[tuple[str, str | None, str | None]]:
@@ -831,5 +894,5 @@ STYLES: tuple[Style, ...] = (
     Style("oat", "dicts of metrics printed over several lines, as OAT does", _pretty_rows),
     Style("bar", "what progress bars say of each step", _bar_rows, 0.25),
     Style("table", "tables as text", _table_rows, 0.25),
-    Style("pairs", "lines of names and values after a step", _each("", _pair_rows, False), 0.25),
+    Style("pairs", "lines of names and values after a step", _pair_rows, 0.25),
 )

@@ -24,11 +24,12 @@ _BEGINS = re.compile(r'^\ufeff?\s*\{\s*"(?:cells|worksheets|metadata|nbformat|nb
 
 @dataclass
 class _Run:
-    """Metrics of one run: the cell they stand under, the names of their columns, and the rows."""
+    """Metrics of one run: the cell they stand under, the names of their columns, the rows, and what to say of them."""
 
     cell: int
     names: tuple[str, ...]
     rows: list[Row]
+    remarks: tuple[str, ...] = ()
 
     @property
     def last_step(self) -> Any:
@@ -81,6 +82,7 @@ def rows(path: Path, notes: list[str]) -> Iterator[Row]:
             else f"The notebook shows 2 runs; the longer one, at cell {best.cell}, was read, and the one at cell {others}"
             " was left out."
         )
+    notes.extend(best.remarks)
     yield from best.rows
 
 
@@ -153,9 +155,11 @@ def _printed(number: int, printed: list[str], path: Path) -> _Run | None:
     if style is None:
         return None
     told = ((i, line, True) for i, line in enumerate(lines, 1))
-    found = list(console.rows(told, style, path, []))
+    notes: list[str] = []
+    found = list(console.rows(told, style, path, notes))
+    remarks = tuple(note for note in notes if note == console.FRAME_REMARK or "could not be read" in note)
     names = tuple(dict.fromkeys(name for row in found for name in row))
-    return _Run(number, names, found) if found else None
+    return _Run(number, names, found, remarks) if found else None
 
 
 # ---------------------------------------------------------------------- HTML
@@ -214,4 +218,5 @@ def _table(number: int, header: list[str], body: list[list[str]]) -> _Run | None
     if not console.is_header(names):
         return None
     found = [row for line in body if (row := console.table_row(names, line)) is not None]
-    return _Run(number, tuple(names), found) if found else None
+    frame = any("NaN" in line and console.is_frame_line(names, line) for line in body)
+    return _Run(number, tuple(names), found, (console.FRAME_REMARK,) if frame else ()) if found else None
