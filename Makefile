@@ -73,6 +73,7 @@ clean:
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_rules.py
 	$(BIN)/python docs/make_bad_input.py
+	$(BIN)/python docs/make_systems.py
 
 # After a wanted change of public names, arguments or defaults.
 surface: $(VENV)/.dev
