@@ -391,8 +391,7 @@ def test_prime_orchestrator_takes_all_rollouts_and_not_the_effective(log, agent)
     check(run, PRIME_ROLLOUTS)
     assert column(run, f"train/agg/effective/{agent}reward/mean") == [s / 16 + 0.25 for s in STEPS]
     assert not any("no rule reads them" in note for note in run.notes)
-    if agent != "solver/":
-        tell(run, "biased by what was left out")
+    tell(run, "biased by what was left out")
 
 
 def test_prime_effective_rollouts_where_there_are_no_others(log):

@@ -160,7 +160,10 @@ PRIME_RL = Family(
     },
     scale={"ref_kl/mean": -1.0, "truncation_percent": 0.01},
     meanings={
-        **{name: _BIASED for subset in _SUBSETS for name in (f"{subset}agent/reward/mean", f"{subset}reward/mean")},
+        # whatever the agent is called
+        **dict.fromkeys(
+            ("train/agg/all/reward/mean", "train/agg/effective/agent/reward/mean", "off_policy/mean"), _BIASED
+        ),
         "mismatch_kl/all/mean": "mismatch_kl is the k3 estimate of trainer against sampler, staleness included.",
         "ref_kl/mean": "ref_kl is the mean of log reference minus log policy at sampled tokens; its negative was read as the "
         "divergence from the model that teaches.",
