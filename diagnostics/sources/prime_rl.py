@@ -135,6 +135,8 @@ PRIME_RL = Family(
         *("cancelled_percent", "mfu_percent"),
     ),
     aliases={
+        # of the usual agent; of one with another name see `_rollouts`
+        **{f"{subset}agent/{theirs}": ours for subset in _SUBSETS for theirs, ours in _ROLLOUTS.items()},
         "reward/all/mean": "reward",
         "decode_len/all/mean": "completions/mean_length",
         "is_truncated/all/mean": "completions/clipped_ratio",
