@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from outspoken.diagnostics.sources import FORMATS
+from outspoken.diagnostics.diagnose import diagnose
 from outspoken.diagnostics.sources import read as read_log
 
 LOGS = Path(__file__).parent / "peer_logs"
@@ -278,8 +278,6 @@ DOCUMENTED = [
 
 @pytest.mark.parametrize("log", [*REALS, *DOCUMENTED], ids=lambda log: log.path)
 def test_a_log_is_read_as_what_it_is(log):
-    if log.family not in (None, *FORMATS):
-        pytest.skip(f"{log.family} has no table of names yet")
     run = read(log.path)
     assert (run.format, run.method) == (log.format, log.method)
     assert log.family in (run.family, None)
@@ -299,6 +297,17 @@ def test_a_log_is_read_as_what_it_is(log):
                 wrong.append((name, observation.step, at(observation, name), expected))
     assert not wrong, wrong[:8]
     assert set(log.values) <= set(run.signals)
+
+
+def test_a_console_without_steps_counts_rows():
+    """Resumed at step 8: its rows 13 to 16 are the steps 9 to 12, which nothing in the text tells."""
+    run = read("transformers/console_resumed.log")
+    assert run.step_axis == "row number" and [o.step for o in run.observations] == list(range(1, 17))
+    assert any("rows were numbered" in note for note in run.notes)
+    for o in run.observations:
+        step, again = (o.step, 0) if o.step <= 12 else (o.step - 4, 1 / 64)
+        loss = 2 / (1 + step) + again if step < 5 or again else NAN
+        assert same(at(o, "loss"), loss, 1e-3) and same(at(o, "grad_norm"), 1 / step, 1e-3)
 
 
 # ---------------------------------------------------------------------- two files of one run
@@ -322,6 +331,73 @@ def test_trl_in_full_and_in_four_digits(method):
         assert exact.signals.keys() - timing == printed.signals.keys() - timing
         for name in exact.signals.keys() - timing:
             assert printed.signals[name] == pytest.approx(exact.signals[name], rel=1e-3, abs=1e-9), name
+
+
+SAME_RUN = [
+    ["verl/gsm8k.jsonl", "verl/console.log"],
+    ["torchtune/sft/log_1700000000.jsonl", "torchtune/sft/stdout.txt"],
+    ["trl/sft/trainer_state.json", "trl/sft/console.log"],
+    ["trl/dpo/trainer_state.json", "trl/dpo/console.log"],
+    ["trl/grpo/trainer_state.json", "trl/grpo/console.log"],
+]
+
+
+@pytest.mark.parametrize("paths", SAME_RUN, ids=lambda paths: paths[0])
+def test_two_files_of_one_run_get_the_same_diagnosis(paths):
+    reports = [diagnose(LOGS / path) for path in paths]
+    seen = [[(d["code"], d["state"], d["first_step"], d["last_step"]) for d in r["diagnostics"]] for r in reports]
+    assert seen[0] == seen[1]
+    assert reports[0]["verdict"]["state"] == reports[1]["verdict"]["state"]
+
+
+NOT_A_NUMBER = [
+    ("tinker/sft", 7),
+    ("torchtune/sft/log_1700000000.txt", 5),
+    ("torchtune/sft/log_1700000000.jsonl", 5),
+    ("transformers/console.log", 5),
+    ("lightning/lightning_logs", 5),
+    ("nemo_rl/console.log", 5),
+]
+
+
+@pytest.mark.parametrize(("path", "step"), NOT_A_NUMBER)
+def test_a_loss_that_is_not_a_number_breaks_the_run(path, step):
+    report = diagnose(LOGS / path)
+    (found,) = [d for d in report["diagnostics"] if d["code"] == "NUM001"]
+    assert found["first_step"] == step and report["verdict"]["state"] == "broken"
+
+
+# ---------------------------------------------------------------------- directories, and settings beside the log
+
+
+@pytest.mark.parametrize(
+    ("directory", "chosen"),
+    [
+        ("tinker/rl", "metrics.jsonl"),
+        ("torchtune/dpo", "log_1700000000.txt"),
+        ("lightning", "lightning_logs/version_0/metrics.csv"),
+        ("prime_rl", "orchestrator/metrics.jsonl"),
+        ("llama_factory", "trainer_state.json"),
+        ("transformers", "trainer_state.json"),
+        ("open_instruct", "history.csv"),
+    ],
+)
+def test_the_log_of_a_directory(directory, chosen):
+    assert Path(read(directory).path) == LOGS / directory / chosen
+
+
+def test_settings_that_lie_beside_a_log():
+    # config.json: learning_rate, max_tokens, temperature, kl_penalty_coef, dataset_builder.group_size, eval_every
+    tinker = {"learning_rate": 1e-4, "max_completion_length": 128, "temperature": 1.0, "beta": 0.0}
+    assert read("tinker/rl").config.items() >= {**tinker, "num_generations": 4, "eval_steps": 5}.items()
+    # torchtune_config.yaml: optimizer.lr, gradient_accumulation_steps, clip_grad_norm, lr_scheduler.num_warmup_steps
+    torchtune = {"learning_rate": 2e-5, "gradient_accumulation_steps": 8, "max_grad_norm": 1.0, "warmup_steps": 4}
+    assert read("torchtune/sft/log_1700000000.txt").config.items() >= torchtune.items()
+    # hparams.yaml
+    assert read("lightning").config.items() >= {"learning_rate": 0.01, "weight_decay": 0.0}.items()
+    # trainer_state.json itself
+    state = {"max_steps": 12, "per_device_train_batch_size": 1, "logging_steps": 1, "eval_steps": 6, "save_steps": 4}
+    assert read("transformers").config.items() >= state.items()
 
 
 # ---------------------------------------------------------------------- against the raw file

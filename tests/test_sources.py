@@ -422,7 +422,7 @@ def test_verl_file_logger(write):
         }
 
     run = read(write([{"step": i, "data": data(i)} for i in (1, 2, 3)]))
-    assert run.family == "verl" and run.method == "grpo" and run.step_axis == "training/global_step"
+    assert run.family == "verl" and run.method == "grpo" and run.step_axis == "step"
     first = run.observations[0].signals
     assert first["reward"] == 0.1 and first["critic/rewards/mean"] == 0.05
     assert first["learning_rate"] == pytest.approx(1e-6)  # printed in units of 1e-4
