@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from outspoken.diagnostics import callback
 from outspoken.diagnostics.diagnose import diagnose
@@ -232,6 +234,13 @@ WANDB = {
             "../../.hydra/config.yaml",
         ),
         (
+            {".hydra/config.yaml": "attempts: ${finetune.attempts}\nfinetune: {attempts: 8, learning_rate: 1e-6}"},
+            "streams/stats/0/0/0.jsonl",
+            "pipeline_rl",
+            {"num_generations": 8, "learning_rate": 1e-6},
+            "../../../../.hydra/config.yaml",
+        ),
+        (
             {
                 ".hydra/config.yaml": "a: [",
                 ".hydra/overrides.yaml": "- actor_rollout_ref.rollout.n=8\n- +data.max_response_length=1024\n- ~x",
@@ -288,7 +297,7 @@ def test_layouts(lay, files, log, family, expected, source):
     found = beside.find(lay(files, log), FAMILY[family])
     assert expected.items() <= found.settings.items(), found
     assert found.sources == [source]
-    assert found.complete == ("learning_rate" in expected)
+    assert found.complete == ("learning_rate" in expected and family != "pipeline_rl")  # with a size of batches
     assert "hub_token" not in found.settings and "secret" not in str(found)
 
 
@@ -359,15 +368,15 @@ def test_wandb_holds_the_models_settings_under_the_same_names(lay):
     """transformers updates one W&B configuration with the model's first and the trainer's over it."""
     model = {"model_type": "qwen2", "architectures": ["Q"], "max_length": 20, "temperature": 0.7, "top_p": 0.9}
 
-    def settings(args):
+    def read(args):
         wrapped = {name: {"value": value} for name, value in {**model, **args}.items()}
         return beside.find(lay({"files/config.yaml": {"_wandb": {}, **wrapped}}, "x.wandb"), TRL).settings
 
-    plain = settings({k: v for k, v in ARGS.items() if k not in ("num_generations", "scale_rewards")})
+    plain = read({k: v for k, v in ARGS.items() if k not in ("num_generations", "scale_rewards")})
     assert plain["learning_rate"] == 1e-6 and not plain.keys() & {"max_length", "temperature", "top_p"}
-    sft = settings({**ARGS, "completion_only_loss": None, "max_length": 1024, "num_generations": 8})
+    sft = read({**ARGS, "completion_only_loss": None, "max_length": 1024, "num_generations": 8})
     assert sft["max_length"] == 1024
-    grpo = settings({**ARGS, "temperature": 1.0})
+    grpo = read({**ARGS, "temperature": 1.0})
     assert grpo["temperature"] == 1.0 and "max_length" not in grpo
 
 
@@ -468,7 +477,7 @@ BOMB = "\n".join(
         ("", "must hold settings as `name: value`, not a NoneType"),
         ('{"learning_rate": 1e-5', "line 1 is not valid JSON"),
         ("x: !!python/object/apply:os.system ['touch pwned']", "line 1 is not valid YAML"),
-        ("[" * 20_000, "RecursionError"),
+        ("[" * 5_000, "RecursionError"),
         ("#" + "x" * 300_000, "larger than 256 KiB"),
     ],
     ids=["cut", "binary", "zip", "list", "text", "empty", "json", "object", "deep", "long"],
@@ -537,11 +546,11 @@ def test_settings_inside_a_log_are_asked_of_its_reader(lay, tmp_path, monkeypatc
     reader = importlib.import_module(f"outspoken.diagnostics.sources.{module}")
     calls = []
 
-    def settings(argument):
+    def read(argument):
         calls.append(argument)
         return {name: str(value) for name, value in ARGS.items()}  # MLflow keeps text
 
-    monkeypatch.setattr(reader, "settings", settings, raising=False)
+    monkeypatch.setattr(reader, "settings", read, raising=False)
     monkeypatch.setattr(reader, "is_mlflow", lambda path: True, raising=False)
     path = lay({}, log)
     found = beside.find(tmp_path if given_folder else path, TRL)
@@ -701,8 +710,8 @@ BOARD = {
     ids=["axolotl", "axolotl-ipo", "factory", "factory-simpo", "board", "old", "openrlhf"],
 )
 def test_translations(raw, family, expected, method):
-    settings, unknown = beside.translate(raw, FAMILY[family])
-    assert settings == expected
+    translated, unknown = beside.translate(raw, FAMILY[family])
+    assert translated == expected
     assert not {"learning_rate", "micro_batch_size", "stage", "rl", "cutoff_len"} & set(unknown)
     assert beside.given(raw, FAMILY[family]).method == method
 
@@ -710,9 +719,35 @@ def test_translations(raw, family, expected, method):
 def test_what_means_nothing_here_is_not_passed_on():
     table = Family("x", "X", settings={"opt.lr": "learning_rate", "mode": "loss_type", "clip": "epsilon"})
     raw = {"opt": {"lr": 1e-5, "temperature": 3}, "mode": "vanilla", "clip": None, "max_length": 7, "beta": 1}
-    settings, unknown = beside.translate(raw, table)
-    assert settings == {"learning_rate": 1e-5}  # no loss of that name here, and no clip
+    translated, unknown = beside.translate(raw, table)
+    assert translated == {"learning_rate": 1e-5}  # no loss of that name here, and no clip
     assert unknown == ["opt.temperature", "max_length", "beta"]
+
+
+KEYS = st.sampled_from([*SETTINGS, *AXOLOTL, *FACTORY, *BOARD, "trl", "trainer.optim.lr", "_wandb", "value", "${x}"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["${lr}", "[1,", "{"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=5) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(raw=st.dictionaries(KEYS, VALUES, max_size=8), family=st.sampled_from(list(FAMILY.values())))
+def test_whatever_a_configuration_holds_it_is_read(raw, family):
+    handed = beside.given(raw, family)
+    assert all(isinstance(note, str) for note in handed.notes)
+    translated, unknown = beside.translate(raw, family)
+    assert translated.keys() <= FIELDS.keys() and all(isinstance(name, str) for name in unknown)
+    for name, value in translated.items():
+        assert typed(name, value) == value  # every value is one that its field takes
 
 
 # ---------------------------------------------------------------------- settings that are handed over
@@ -759,7 +794,7 @@ def test_configurations_in_toml(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "known", "rate", "expected"),
+    ("found", "known", "rate", "expected"),
     [
         ({"learning_rate": 1e-5}, {}, 1e-5, None),
         ({"learning_rate": 1e-5}, {}, 9e-6, None),  # a schedule lowers it
@@ -770,8 +805,8 @@ def test_configurations_in_toml(tmp_path):
         ({}, {"save_steps": 500}, 1.0, None),
     ],
 )
-def test_settings_of_another_run_contradict_the_log(settings, known, rate, expected):
-    assert beside.contradiction(settings, known, rate) == expected
+def test_settings_of_another_run_contradict_the_log(found, known, rate, expected):
+    assert beside.contradiction(found, known, rate) == expected
 
 
 # ---------------------------------------------------------------------- what it is for

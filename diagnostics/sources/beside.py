@@ -176,7 +176,7 @@ def contradiction(settings: Mapping[str, Any], known: Mapping[str, Any], top_rat
 
 
 def _folders(here: Path) -> list[Path]:
-    """The log's folder, and those above it that belong to the same run, at most two, nearest first."""
+    """The log's folder, and those above it that belong to the same run, nearest first."""
     here = here.absolute()
     folders = [here]
     if _CHECKPOINT.match(here.name):
@@ -185,7 +185,8 @@ def _folders(here: Path) -> list[Path]:
         folders.append(here.parent.parent)
     elif _SUBFOLDERS.match(here.name) and (_WANDB_RUN.match(here.parent.name) or _has_marks(here.parent)):
         folders.append(here.parent)
-    for above in (here.parent, here.parent.parent):
+    streams = [above.parent for above in (here, *here.parents)[:4] if above.name == "streams"]  # PipelineRL
+    for above in (here.parent, here.parent.parent, *streams):
         if above not in folders and _is_file(above / ".hydra" / "config.yaml"):  # Hydra marks a run's folder
             folders.append(above)
             break
