@@ -310,6 +310,18 @@ def test_a_console_without_steps_counts_rows():
         assert same(at(o, "loss"), loss, 1e-3) and same(at(o, "grad_norm"), 1 / step, 1e-3)
 
 
+def test_a_bar_is_read_once_per_update():
+    """Every second of 24 micro-batches gives the bar a new text, which it shows again at the next one."""
+    observations = observed("openrlhf/sft.log")
+    assert read("openrlhf/sft.log").method == "sft"
+    by_step = {o.step: o for o in observations}
+    for update in range(1, 13):
+        o = by_step.pop(2 * update)
+        assert same(at(o, "loss"), 2 / (1 + update), 5e-3) and at(o, "learning_rate") == 1e-5
+        assert same(at(o, "grad_norm"), NAN if update == 5 else 1 / update, 5e-3)
+    assert set(by_step) <= {11}  # what is not a number is not taken for a repetition
+
+
 # ---------------------------------------------------------------------- two files of one run
 
 

@@ -1,4 +1,4 @@
-"""The console of OpenRLHF's PPO trainer: `✨ Global step N: {…}` (synchronous) and `Global step N: {…}` (asynchronous).
+"""The consoles of OpenRLHF: `✨ Global step N: {…}` of its PPO trainer, without the star if asynchronous; bars of its others.
 
 Made with `logging_utils` of openrlhf 0.11.2, loaded from its unpacked wheel because the package wants vLLM and more:
 
@@ -6,7 +6,8 @@ Made with `logging_utils` of openrlhf 0.11.2, loaded from its unpacked wheel bec
     python tests/peer_logs/make_openrlhf.py LIB tests/peer_logs/openrlhf
 
 The line's text is what `trainer/ppo_trainer.py` and `ppo_trainer_async.py` hand to that logger; the numbers are arithmetic,
-not training. The asynchronous run stopped after step 9 and was resumed at step 8, into the same file.
+not training. The asynchronous run stopped after step 9 and was resumed at step 8, into the same file. `sft.log` holds the
+bars of `trainer/sft_trainer.py`: two epochs of twelve micro-batches, and a new text on the bar after every second one.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import contextlib
 import importlib.util
 import io
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 def status(step: int, shift: float = 0.0) -> dict:
@@ -44,6 +47,21 @@ def status(step: int, shift: float = 0.0) -> dict:
     }
 
 
+def write_bars(out: io.TextIOBase) -> None:
+    epochs = tqdm(range(2), desc="Train epoch", file=out)
+    update = 0
+    for epoch in range(2):
+        # at the pace of training each micro-batch redraws the bar
+        bar = tqdm(range(12), desc=f"Train step of epoch {epoch}", file=out, mininterval=0)
+        for batch in range(12):
+            bar.update()
+            if batch % 2:
+                update += 1
+                grad_norm = float("nan") if update == 5 else 1 / update
+                bar.set_postfix({"gpt_loss": 2 / (1 + update), "lr": 1e-5, "grad_norm": grad_norm})
+        epochs.update()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lib", type=Path, help="where the wheel of openrlhf was unpacked")
@@ -67,6 +85,8 @@ def main() -> None:
 
     greeting = "Initialize Ray and the vLLM engines"
     write("console.log", [greeting, *(f"✨ Global step {step}: {status(step)}" for step in range(1, 13))])
+    with open(arguments.folder / "sft.log", "w", newline="") as out:
+        write_bars(out)
     before = [f"Global step {step}: {status(step)}" for step in range(1, 10)]
     after = [f"Global step {step}: {status(step, shift=1 / 64)}" for step in range(8, 13)]
     write("console_async.log", [greeting, *before, greeting, *after])
