@@ -17,6 +17,7 @@ from outspoken.diagnostics.rules.registry import GROUPED_RL, ONLINE_RL
 from outspoken.diagnostics.sources import beside, own
 from outspoken.diagnostics.sources.again import Again
 from outspoken.diagnostics.sources.assemble import Account, Assembled, Segment, assemble, scan
+from outspoken.diagnostics.sources.beside import Beside
 from outspoken.diagnostics.sources.config import (
     config_of_state,
     infer_method,
@@ -140,17 +141,29 @@ def read(
     made = assemble(raw.rows, family, seen)
     if not len(made.observations):
         raise UnreadableLog(f"{path}: no row holds a metric.")
-    given = read_config(config)
+    logged = config_of_state(raw.extra)
+    told, reason = _method(family, seen.names, made)
     found = beside.find(path, family)
-    settings = {**config_of_state(raw.extra), **found.settings, **given}
+    why = beside.contradiction(found.settings, logged, made.top_rate) or _of_other_kind(found.method, told, reason)
+    if why is not None:
+        found.notes.append(f"Settings beside the log ({', '.join(found.sources)}) are not of this run: {why}.")
+        found = Beside(notes=found.notes)
+    given = beside.given(read_config(config), family)
+    settings = {**logged, **found.settings, **given.settings}
     total_steps = total_steps_of(settings, seen.last)
-    guessed, reason = _method(family, seen.names, made, found.method)
-    method, reason = (method, "given") if method else (guessed, reason)
-    notes += [*raw.notes, *made.notes, *found.notes]
+    for stated, by in (
+        (method, "given"),
+        (given.method, "the settings say so"),
+        (found.method, "its settings say so"),
+    ):
+        if stated is not None:
+            told, reason = stated, by
+            break
+    notes += [*raw.notes, *made.notes, *found.notes, *given.notes]
     if found.sources:
         notes.append(f"Settings were read from {', '.join(found.sources)}.")
     if reason != "given":
-        notes.append(f"Taken for {method}: {reason}.")
+        notes.append(f"Taken for {told}: {reason}.")
     if "points_per_log" not in settings and (points := points_per_log(settings)) is not None:
         settings["points_per_log"] = points
     if made.step_axis == "row number":
@@ -160,16 +173,16 @@ def read(
         format=raw.format,
         family=family.name,
         rows=raw.rows,
-        observations=_with_trials(made, method, settings, notes),
+        observations=_with_trials(made, told, settings, notes),
         segments=made.segments,
         account=made.account,
         columns=made.columns,
         signals=made.signals,
         step_axis=made.step_axis,
-        method=method,
+        method=told,
         method_reason=reason,
         config=settings,
-        config_known=bool(given) or found.complete,
+        config_known=given.complete or found.complete,
         total_steps=total_steps,
         summary=made.summary,
         notes=notes,
@@ -181,12 +194,21 @@ def _family(format: str | None, names: Mapping[str, Any]) -> Family:
     return named or choose_family(names, FAMILIES) or OTHER
 
 
-def _method(family: Family, names: Mapping[str, Any], made: Assembled, recorded: str | None) -> tuple[str, str]:
-    """The method, and what speaks for it: the settings beside the log, the system's own names, or ours."""
-    if recorded is not None:
-        return recorded, "its settings say so"
+def _method(family: Family, names: Mapping[str, Any], made: Assembled) -> tuple[str, str]:
+    """The method that the log speaks for, by its system's names or by ours, and what tells it."""
     told = family.method_of(tuple(names)) if family.method_of is not None else None
     return told or infer_method(set(made.signals), made.observations)
+
+
+# Methods that log alike. Settings of another kind than the log's cannot be of the same run.
+_KINDS = (ONLINE_RL, ("dpo", "kto", "orpo", "cpo", "simpo", "bco"), ("sft", "pretrain", "distillation"), ("reward",))
+
+
+def _of_other_kind(stated: str | None, told: str, reason: str) -> str | None:
+    kinds = [next((kind for kind in _KINDS if name in kind), None) for name in (stated, told)]
+    if None in kinds or kinds[0] == kinds[1] or "low confidence" in reason:
+        return None
+    return f"they say {stated}, the log speaks for {told} ({reason})"
 
 
 def _with_trials(made: Assembled, method: str, config: Mapping[str, Any], notes: list[str]) -> Again[Observation]:

@@ -79,6 +79,7 @@ class Assembled:
         observations: one per step. signals: their names, in order of appearance.
         columns: raw name -> what became of the column. step_axis: the raw name that counts steps, or "row number".
         summary: the Trainer's closing row. notes: what a reader should know, one sentence each.
+        top_rate: the highest learning rate.
     """
 
     observations: Again[Observation]
@@ -89,6 +90,7 @@ class Assembled:
     summary: dict[str, Any]
     notes: list[str]
     signals: list[str]
+    top_rate: float | None
 
 
 # ---------------------------------------------------------------------- what the columns hold
@@ -331,11 +333,15 @@ class _Merger:
         names: dict[str, None] = {}
         repeats = Account()
         count = repeated = 0
+        top_rate: float | None = None
         before: Observation | None = None
         for item in made:
             observation = item.observation
             for state in (observation.signals, observation.nonfinite, observation.unreadable):
                 names.update(dict.fromkeys(state))
+            rate = observation.signals.get("learning_rate")
+            if rate is not None and (top_rate is None or rate > top_rate):
+                top_rate = rate
             if item.opens:
                 starts.append((count, repeated, observation.step, item.opens))
             elif before is not None and _repeats(before, observation):
@@ -377,6 +383,7 @@ class _Merger:
             summary=tally.summary,
             notes=notes,
             signals=[name for name in names if not name.endswith("#n")],
+            top_rate=top_rate,
         )
 
     # ------------------------------------------------------------------ one pass
