@@ -709,3 +709,20 @@ def test_any_bytes_are_read_or_refused(write, data):
             assert "\n" not in str(error)
         else:
             assert run.account.balanced and run.observations
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("Starting DPO LoRA", "dpo"),
+        ("trl/trainer/sft_trainer.py: SFTTrainer(args=SFTConfig)", "sft"),
+        ("first SFT, then DPO", "unknown"),
+        ("a run of dpo_lora_mixed_sft", "unknown"),
+        ("DPOS and MYGRPO are no methods", "unknown"),
+    ],
+)
+def test_the_method_that_a_console_names(write, text, method):
+    """Where the metrics do not tell: only a loss, which begins near ln 2."""
+    rows = "".join(f"{{'loss': {0.69 - i / 100}, 'grad_norm': 1.5, 'epoch': {i / 10}}}\n" for i in range(8))
+    run = read(write(f"{text}\n{rows}", "train.log"))
+    assert (run.format, run.method) == ("console", method)

@@ -143,6 +143,8 @@ def read(
         raise UnreadableLog(f"{path}: no row holds a metric.")
     logged = config_of_state(raw.extra)
     told, reason = _method(family, seen.names, made)
+    if told == "unknown" and raw.named is not None:
+        told, reason = raw.named, "the text around the metrics names it"
     found = beside.find(path, family)
     why = beside.contradiction(found.settings, logged, made.top_rate) or _of_other_kind(found.method, told, reason)
     if why is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -168,3 +169,12 @@ def infer_method(names: set[str], observations: Iterable[Observation]) -> tuple[
     if abs(first - LN2) < 0.06:
         return "unknown", "only a loss is logged, and it begins near ln 2, as preference losses do"
     return "sft", "only a loss is logged (low confidence)"
+
+
+_NAMED = re.compile(r"\b(SFT|DPO|KTO|ORPO|CPO|GRPO|RLOO|PPO)(?:Trainer|Config|Arguments)?\b")
+
+
+def method_in_text(text: str) -> str | None:
+    """The one method that the text of a console names, as in `DPOTrainer` or `Starting DPO`; None if several or none."""
+    named = set(_NAMED.findall(text))
+    return named.pop().lower() if len(named) == 1 else None

@@ -22,6 +22,7 @@ _PATTERNS = (
     "metrics.csv",
     "lightning_logs/version_*/metrics.csv",
     "version_*/metrics.csv",
+    "monitors/file/metrics.jsonl",
     "orchestrator/metrics.jsonl",
     "trainer/metrics.jsonl",
     "*/metrics.jsonl",

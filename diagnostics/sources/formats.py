@@ -11,6 +11,7 @@ from typing import Any
 
 from outspoken.diagnostics.sources import console, mlflow_files, notebook, tensorboard, wandb_files
 from outspoken.diagnostics.sources.again import Again
+from outspoken.diagnostics.sources.config import method_in_text
 from outspoken.diagnostics.sources.csv_rows import csv_rows, delimiter_of
 from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, head_of, lines_of, text_of
 from outspoken.diagnostics.sources.json_rows import Document, Lines, document_rows, line_rows, loads, scan
@@ -28,7 +29,7 @@ class RawLog:
         format: one of CONTAINERS.
         rows: flat rows, nested names joined by "/".
         extra: what stood beside the rows, e.g. the other fields of trainer_state.json.
-        style: of a console's lines.
+        style: of a console's lines. named: the method that its text names.
         notes: one sentence each; complete after the first whole pass over the rows.
         met: of JSON lines, the same.
     """
@@ -38,6 +39,7 @@ class RawLog:
     rows: Again[Row]
     extra: dict[str, Any] = field(default_factory=dict)
     style: str | None = None
+    named: str | None = None
     notes: list[str] = field(default_factory=list)
     met: Lines = field(default_factory=Lines)
 
@@ -53,14 +55,15 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
     if kind in ("json", "trainer_state"):
         return _document(path, kind)
     met = Lines()
-    style: str | None = None
+    style = named = None
     make: Callable[[list[str]], Iterator[Row]]
     if kind == "jsonl":
         make = partial(line_rows, path, met=met)
     elif kind == "csv":
         make = partial(csv_rows, path)
     elif kind == "console":
-        style = console.find_style(_lines(head))
+        lines = _lines(head)
+        style, named = console.find_style(lines), method_in_text("\n".join(lines))
         if style is None:
             raise UnreadableLog(f"{path}: no line of it holds metrics in a form that is known here.")
         make = partial(_console_rows, path, style)
@@ -73,7 +76,7 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
     else:
         make = partial(mlflow_files.rows, path)
     notes: list[str] = []
-    return RawLog(path, kind, _again(make, notes), style=style, notes=notes, met=met)
+    return RawLog(path, kind, _again(make, notes), style=style, named=named, notes=notes, met=met)
 
 
 def _console_rows(path: Path, style: str, notes: list[str]) -> Iterator[Row]:

@@ -121,9 +121,12 @@ SUMMARY = frozenset(
 # Names that any home-made loop may use.
 COMMON: dict[str, str] = {
     "training loss": "loss",
+    "train loss": "loss",
+    "lm loss": "loss",
     "train_loss": "loss",
     "training_loss": "loss",
     "validation loss": "eval_loss",
+    "val loss": "eval_loss",
     "val_loss": "eval_loss",
     "valid_loss": "eval_loss",
     "validation_loss": "eval_loss",
@@ -132,6 +135,7 @@ COMMON: dict[str, str] = {
     "lr": "learning_rate",
     "learning rate": "learning_rate",
     "gradient_norm": "grad_norm",
+    "grad norm": "grad_norm",
     "grad_norm/total": "grad_norm",
     "reward_mean": "reward",
     "mean_reward": "reward",
