@@ -34,6 +34,8 @@ MAX_DIGITS = 40
 _SQLITE = b"SQLite format 3\0"
 _START = re.compile(r"^start_time: *(\d+)", re.MULTILINE)
 _DELETED = re.compile(r"^lifecycle_stage: *deleted", re.MULTILINE)
+# A damaged database can also make sqlite3 fail at putting its own message into words.
+_DAMAGED = (sqlite3.Error, UnicodeDecodeError, OverflowError)
 _EXPERIMENT = re.compile(r"^experiment_id:", re.MULTILINE)
 
 
@@ -74,8 +76,8 @@ def rows(path: Path, notes: list[str]) -> Iterator[Row]:
                 tally = _Tally()
                 axes = _axes_of_database(path, _stamp(path), chosen)
                 yield from to_rows(_selected(database, chosen, tally), axes, source, notes)
-        except sqlite3.Error as error:
-            raise UnreadableLog(f"{path}: cannot be read as a database ({error}).") from None
+        except _DAMAGED as error:
+            raise _unreadable(path, error) from None
     notes.extend(tally.notes(source))
 
 
@@ -95,8 +97,8 @@ def settings(path: Path) -> dict[str, Any]:
             with closing(_connect(path)) as database:
                 chosen = _newest_in(database, path, [])
                 found = dict(database.execute("SELECT key, value FROM params WHERE run_uuid = ?", (chosen,)))
-        except sqlite3.Error as error:
-            raise UnreadableLog(f"{path}: cannot be read as a database ({error}).") from None
+        except _DAMAGED as error:
+            raise _unreadable(path, error) from None
     return {name: _meant(text) for name, text in found.items()}
 
 
@@ -280,7 +282,7 @@ def _is_database(path: Path) -> bool:
                 return False
         with closing(_connect(path)) as database:
             return _has_tables(database)
-    except (OSError, sqlite3.Error, UnreadableLog):
+    except (OSError, *_DAMAGED, UnreadableLog):
         return False
 
 
@@ -292,6 +294,11 @@ def _connect(path: Path) -> sqlite3.Connection:
     database.text_factory = lambda data: data.decode(errors="replace")
     database.execute("PRAGMA trusted_schema = OFF")
     return database
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableLog:
+    why = " ".join(str(error).split())[:100] if isinstance(error, sqlite3.Error) else "its text is damaged"
+    return UnreadableLog(f"{path}: cannot be read as a database ({why}).")
 
 
 def _has_tables(database: sqlite3.Connection) -> bool:
@@ -309,7 +316,7 @@ def _newest_in(database: sqlite3.Connection, path: Path, notes: list[str]) -> st
     ).fetchmany(MAX_RUNS)
     for run, name, _ in runs:
         if database.execute("SELECT 1 FROM metrics WHERE run_uuid = ? LIMIT 1", (run,)).fetchone():
-            _tell(notes, path, str(name or run), len(runs) - 1)
+            _tell(notes, path, str(name or run)[:80], len(runs) - 1)
             return str(run)
     raise UnreadableLog(f"{path}: holds no run that logged a metric.")
 

@@ -472,8 +472,7 @@ class _Part:
     below: str = ""  # its folder within the run's, "" for the same
     first: float = 0.0  # times of its first and last scalar
     last: float = 0.0
-    names: set[str] = field(default_factory=set)
-    count: int = 0
+    names: Counter[str] = field(default_factory=Counter)  # how often each was written
     without: frozenset[str] = frozenset()  # names that are taken from another file
 
     def measurements(self, tally: _Tally) -> Iterator[Measurement]:
@@ -486,20 +485,17 @@ class _Part:
     def survey(self) -> "_Part":
         """Fill in what it holds."""
         tally = _Tally()
+        tags: dict[str, int] = {}
         for time, _, tag, _ in _scalars(self.path, tally):
-            if self.count == 0:
+            if not tags:
                 self.first = time
             self.last = max(self.last, time)
-            self.count += 1
-            if tag not in self.names:
-                if len(self.names) >= MAX_NAMES:
-                    raise UnreadableLog(
-                        f"{self.path}: holds more than {MAX_NAMES} names, which no log of metrics does."
-                    )
-                self.names.add(tag)
-        self.names = {_name(tag, self.below) for tag in self.names}
-        if tally.hparams and self.below:  # of `add_hparams`: the results of the run once more, at step 0
-            self.count = 0
+            tags[tag] = tags.get(tag, 0) + 1
+            if len(tags) > MAX_NAMES:
+                raise UnreadableLog(f"{self.path}: holds more than {MAX_NAMES} names, which no log of metrics does.")
+        if not (tally.hparams and self.below):  # `add_hparams` writes the results of the run once more, at step 0
+            for tag, count in tags.items():
+                self.names[_name(tag, self.below)] += count
         return self
 
 
@@ -572,7 +568,7 @@ def _groups(files: Sequence[Path], source: str, notes: list[str]) -> list[list[_
             except UnreadableLog as error:
                 notes.append(f"A file was left out: {error}")
                 continue
-            if part.count:
+            if part.names:
                 read.append(part)
             else:
                 notes.append(f"{path.name} holds no scalar that belongs to a step; it was left out.")
@@ -608,18 +604,21 @@ def _at_the_same_time(parts: Sequence[_Part]) -> list[list[_Part]]:
 
 
 def _share(group: Sequence[_Part], notes: list[str]) -> None:
-    """Take each name from one of several writers: from the one that wrote most."""
+    """Take each name from one of several writers: from the one that wrote it most often."""
     owner: dict[str, _Part] = {}
-    for part in sorted(group, key=lambda part: -part.count):
-        twice = sorted(name for name in part.names if name in owner)
-        part.without = frozenset(twice)
-        if twice:
+    for part in group:
+        for name, count in part.names.items():
+            if name not in owner or count > owner[name].names[name]:
+                owner[name] = part
+    for part in group:
+        part.without = frozenset(name for name in part.names if owner[name] is not part)
+        if part.without:
+            twice = sorted(part.without)
             shown = ", ".join(twice[:NAMES_SHOWN]) + (" …" if len(twice) > NAMES_SHOWN else "")
             notes.append(
                 f"{part.path.name} was written at the same time as {owner[twice[0]].path.name}; "
-                f"what both hold was read from the latter: {shown}."
+                f"what both hold was not read from it: {shown}."
             )
-        owner.update({name: part for name in part.names if name not in owner})
 
 
 def _one_run(files: Sequence[Path], source: str, notes: list[str]) -> list[list[Path]]:
