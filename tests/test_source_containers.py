@@ -68,13 +68,15 @@ def test_tensorboard_rows_are_the_steps_that_were_logged():
             assert single(row["eval/loss"]) == single(loss(step) + 0.5)
     times = [row["time"] for row in rows]
     assert times == sorted(times) and 1.7e9 < times[0] < 1.9e9 and times[-1] - times[0] < 60
-    assert notes == ["Values that are no scalars were not read: 1 histograms, 1 images, 1 texts."]
+    assert notes == ["Values that are no scalars were not read: histograms (1), images (1), texts (1)."]
 
 
 def test_short_decimals_come_back_as_they_were_logged():
     rows, _ = board(BOARD / "transformers_callback")
     assert [row["train/learning_rate"] for row in rows if "train/learning_rate" in row] == [2e-05] * 6
     assert rows[0]["train/loss"] == single(1 / 3)  # no decimal of 7 digits is this number
+    tensors, _ = board(BOARD / "tensors")
+    assert tensors[4]["loss"] == 0.4 and tensors[9]["loss"] == 0.2 != single(0.2)
 
 
 def test_scalars_as_tensors():
@@ -93,7 +95,7 @@ def test_scalars_as_tensors():
         "int64": float(2**40),
         "bool": 1.0,
     }
-    assert notes == ["Values that are no scalars were not read: 2 other values."]
+    assert notes == ["Values that are no scalars were not read: other values (2)."]
 
 
 def test_a_restart_in_one_folder_stays_visible():
@@ -395,7 +397,7 @@ def test_values_before_the_first_step_and_several_within_a_step():
     assert [row["step"] for row in rows] == [10, 11, 12, 13, 14]
     # samples 0 to 18 were taken at 0.5 … 9.5, 19 at 10.0 but the loss of step 10 sorts behind it; then two a step
     assert [row["system/memory"] for row in rows] == [20.0, 22.0, 24.0, 26.0, 29.0]
-    assert len(notes) == 1 and "25 were replaced" in notes[0]
+    assert len(notes) == 1 and "replaced: 25" in notes[0]
 
 
 # ---------------------------------------------------------------------- W&B
@@ -423,7 +425,7 @@ def test_wandb_rows_are_the_calls_of_log(version):
         names = {"train/loss", "train/grad_norm", "train/global_step", "_step", "_timestamp", "_runtime"}
         assert set(row) - names == ({"words", "empty", "nested/a", "nested/b/c"} if call == 3 else set())
     assert without(rows[3], *rows[0]) == {"words": "some text", "empty": None, "nested/a": 1, "nested/b/c": 2.5}
-    assert notes[0] == "Values that are no numbers were not read: 2 histogram."
+    assert notes[0] == "Values that are no numbers were not read: histogram (2)."
     assert len(notes) == 2 and notes[1].startswith("Samples of the machine (system metrics)")
 
 
@@ -598,7 +600,7 @@ def test_wandb_before_its_own_format(tmp_path):
         assert math.isnan(read[5]["loss"]) and read[5]["reward"] == math.inf
         assert notes == [
             "wandb-history.jsonl: the last line was still being written; it was skipped.",
-            "Values that are no numbers were not read: 5 histogram.",
+            "Values that are no numbers were not read: histogram (5).",
             "1 damaged record was skipped.",
         ]
         assert wandb_files.settings(path) == {"lr": 1e-05}
@@ -706,7 +708,7 @@ def test_mlflow_lines_of_every_kind(tmp_path):
     ]
     assert notes == [
         f"{run}: the last line of 1 metric was cut off.",
-        f"{run}: 1 measurements could not be understood and were skipped.",
+        f"{run}: measurements that could not be understood were skipped: 1.",
     ]
     rows, notes = flow(mlflow_run(tmp_path / "old", loss="1000 0.5\n2000 0.25\n"))
     assert rows == [{"time": 1.0, "loss": 0.5}, {"time": 2.0, "loss": 0.25}] and "every step is 0" in notes[0]
@@ -790,7 +792,7 @@ def test_a_database_of_something_else_and_one_that_computes(tmp_path):
         )
     rows, notes = flow(odd)
     assert rows == [{"step": 1, "time": 1.0, "loss": 0.5}]
-    assert notes == [f"{odd}: 3 measurements could not be understood and were skipped."]
+    assert notes == [f"{odd}: measurements that could not be understood were skipped: 3."]
 
 
 def test_a_database_is_left_as_it_was(store):

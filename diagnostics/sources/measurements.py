@@ -90,7 +90,7 @@ def to_rows(measurements: Iterable[Measurement], axes: Axes, source: str, notes:
         notes.append(f"{source}: every step is 0, so none was given when it was logged; rows have no step.")
     if apart:
         shown = ", ".join(sorted(apart)[:NAMES_SHOWN]) + (" …" if len(apart) > NAMES_SHOWN else "")
-        lost = f"; of several within a step the last was kept ({replaced} were replaced)" if replaced else ""
+        lost = f"; of several within a step the last was kept (replaced: {replaced})" if replaced else ""
         notes.append(
             f"{source}: {shown} {'counts' if len(apart) == 1 else 'count'} something other than the training steps "
             f"and {'was' if len(apart) == 1 else 'were'} placed at the step reached by then{lost}."

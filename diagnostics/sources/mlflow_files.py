@@ -137,7 +137,7 @@ class _Tally:
         if self.torn:
             told.append(f"{source}: the last line of {self.torn} metric{'s' if self.torn > 1 else ''} was cut off.")
         if self.strange:
-            told.append(f"{source}: {self.strange} measurements could not be understood and were skipped.")
+            told.append(f"{source}: measurements that could not be understood were skipped: {self.strange}.")
         return told
 
 

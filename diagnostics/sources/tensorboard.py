@@ -43,6 +43,7 @@ MAX_CHECKED = 65536  # bytes of a record; a longer one holds media
 BATCH = 256 * 1024  # bytes
 SETTINGS_WITHIN = 5_000  # records at the start of a file, among which its settings are looked for
 NAMES_SHOWN = 5
+MAX_KINDS = 20
 
 # Folders that one run writes side by side, by the part of training that they hold.
 PARTS = frozenset(("train", "training", "eval", "evaluation", "val", "valid", "validation", "test"))
@@ -87,7 +88,10 @@ def rows(paths: Sequence[Path], notes: list[str]) -> Iterator[Row]:
     Raises:
         UnreadableLog: no event file, a damaged beginning, or no scalar.
     """
-    source = str(paths[0] if len(paths) == 1 else _common(paths)) if paths else "TensorBoard"
+    if not paths:
+        raise UnreadableLog("No TensorBoard event file was given.")
+    folders = {path.parent for path in paths}
+    source = str(paths[0] if len(paths) == 1 else folders.pop() if len(folders) == 1 else _common(paths))
     files = tuple(_expand(paths))
     groups, axes, told = _plan(files, tuple(_stamp(path) for path in files), source)
     notes.extend(told)
@@ -199,7 +203,7 @@ class _Tally:
     def notes(self) -> list[str]:
         told = list(self.torn)
         if self.skipped:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.skipped.items()))
             told.append(f"Values that are no scalars were not read: {kinds}.")
         if self.damaged:
             told.append(f"{self.damaged} damaged record{'s were' if self.damaged > 1 else ' was'} skipped.")
@@ -384,7 +388,8 @@ def _value(data: bytes, tally: _Tally) -> tuple[str, float, bool] | None:
         number_in = _number_in(tensor)
         if number_in is not None:
             return tag, number_in, False
-    tally.skipped[other or {"text": "texts"}.get(plugin, plugin or "other values")] += 1
+    sort = other or {"text": "texts"}.get(plugin, plugin or "other values")
+    tally.skipped[sort if sort in tally.skipped or len(tally.skipped) < MAX_KINDS else "other values"] += 1
     return None
 
 
@@ -403,7 +408,7 @@ def _plugin(metadata: bytes) -> tuple[str, bytes]:
 
 # DataType -> how one number stands in `tensor_content`; bfloat16 is the upper half of a float.
 _CONTENT = {1: "<f", 2: "<d", 3: "<i", 4: "<B", 5: "<h", 6: "<b", 9: "<q", 10: "<?", 19: "<e", 22: "<I", 23: "<Q"}
-_HALF, _BFLOAT16 = 19, 14
+_FLOAT, _BFLOAT16 = 1, 14
 
 
 def _number_in(tensor: bytes) -> float | None:
@@ -424,7 +429,8 @@ def _number_in(tensor: bytes) -> float | None:
             packed = cast(bytes, value) if wire != VARINT else b""
             if len(packed) != struct.calcsize(form):
                 return None
-            found.append(struct.unpack(form, packed)[0])
+            held = struct.unpack(form, packed)[0]
+            found.append(_short(held) if number == 5 else held)
         elif number in (7, 10, 11, 13, 16, 17):  # integers of several widths, bools, and halves as their 16 bits
             if wire == VARINT:
                 whole = cast(int, value)
@@ -440,7 +446,8 @@ def _number_in(tensor: bytes) -> float | None:
         if kind == _BFLOAT16 and len(content) == 2:
             found.append(_half(int.from_bytes(content, "little"), kind))
         elif kind in _CONTENT and len(content) == struct.calcsize(_CONTENT[kind]):
-            found.append(float(struct.unpack(_CONTENT[kind], content)[0]))
+            held = float(struct.unpack(_CONTENT[kind], content)[0])
+            found.append(_short(held) if kind == _FLOAT else held)
         else:
             return None
     return found[0] if len(found) == 1 else None

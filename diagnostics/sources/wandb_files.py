@@ -33,6 +33,7 @@ from outspoken.diagnostics.sources.protobuf import (
 
 MAX_RECORD = 64 * 1024 * 1024  # bytes; a longer one is no row of metrics
 MAX_CACHED = 10_000
+MAX_KINDS = 20
 MAX_DEPTH = 8  # of nested objects
 MAX_CONFIG = 4 * 1024 * 1024
 
@@ -157,10 +158,14 @@ class _Tally:
     damaged: int = 0
     torn: list[str] = field(default_factory=list)
 
+    def skip(self, kind: Any) -> None:
+        sort = str(kind)[:40]
+        self.media[sort if sort in self.media or len(self.media) < MAX_KINDS else "other values"] += 1
+
     def notes(self) -> list[str]:
         told = list(self.torn)
         if self.media:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.media.items()))
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.media.items()))
             told.append(f"Values that are no numbers were not read: {kinds}.")
         if self.system:
             told.append(f"Samples of the machine (system metrics) have no step and were not read: {self.system}.")
@@ -216,7 +221,7 @@ def _records(path: Path, tally: _Tally) -> Iterator[bytes]:
                         if held <= MAX_RECORD:
                             yield b"".join(pieces) if len(pieces) > 1 else data
                         else:
-                            tally.media["values too large for a number"] += 1
+                            tally.skip("values too large for a number")
                         pieces = None
                 if not full:
                     if pieces is not None or block[at:].strip(b"\0"):
@@ -349,7 +354,8 @@ def _put(row: Row, items: list[tuple[tuple[str, ...], Any]], tally: _Tally) -> N
     for path, value in items:
         _flatten(path, value, flat, tally)
     media = {path[:-1]: value for path, value in flat if len(path) > 1 and path[-1] == "_type"}
-    tally.media.update(str(kind)[:40] for kind in media.values())
+    for kind in media.values():
+        tally.skip(kind)
     for path, value in flat:
         if path and path[0] != "_wandb" and not any(path[:i] in media for i in range(1, len(path))):
             row["/".join(path)] = value
@@ -358,7 +364,7 @@ def _put(row: Row, items: list[tuple[tuple[str, ...], Any]], tally: _Tally) -> N
 def _flatten(path: tuple[str, ...], value: Any, into: list[tuple[tuple[str, ...], Any]], tally: _Tally) -> None:
     if isinstance(value, dict) and len(path) <= MAX_DEPTH:
         if "_type" in value:
-            tally.media[str(value["_type"])[:40]] += 1
+            tally.skip(value["_type"])
             return
         for name, inner in value.items():
             _flatten((*path, name), inner, into, tally)
