@@ -726,3 +726,11 @@ def test_the_method_that_a_console_names(write, text, method):
     rows = "".join(f"{{'loss': {0.69 - i / 100}, 'grad_norm': 1.5, 'epoch': {i / 10}}}\n" for i in range(8))
     run = read(write(f"{text}\n{rows}", "train.log"))
     assert (run.format, run.method) == ("console", method)
+
+
+def test_a_restart_of_a_log_without_steps_shows_in_its_epochs(write):
+    rows = [{"loss": 1.0 / i, "grad_norm": 0.5 + i / 100, "epoch": i / 10} for i in (1, 2, 3, 4, 3, 4, 5)]
+    run = read(write(rows))
+    assert [o.step for o in run.observations] == [1, 2, 3, 4, 5, 6, 7]
+    assert [(s.first, s.step) for s in run.segments] == [(0, 1), (4, 5)]
+    assert "the epoch went back" in run.segments[1].reason

@@ -135,7 +135,7 @@ def read(
     if own.is_record(raw.rows[0]):
         return _own_run(path, raw, card, read_config(config), method)
 
-    family = _family(format, seen.names)
+    family = _family(format, seen.names, raw.style)
     if not raw.met.wrapped:
         family = replace(family, null_is_nan=False)
     made = assemble(raw.rows, family, seen)
@@ -191,9 +191,10 @@ def read(
     )
 
 
-def _family(format: str | None, names: Mapping[str, Any]) -> Family:
-    named = next((family for family in FAMILIES if family.name == format), None)
-    return named or choose_family(names, FAMILIES) or OTHER
+def _family(format: str | None, names: Mapping[str, Any], style: str | None) -> Family:
+    """The system whose names are used: as the user says, as the names say, or as the form of a console's lines does."""
+    by_name = {family.name: family for family in FAMILIES}
+    return by_name.get(str(format)) or choose_family(names, FAMILIES) or by_name.get(str(style)) or OTHER
 
 
 def _method(family: Family, names: Mapping[str, Any], made: Assembled) -> tuple[str, str]:

@@ -396,6 +396,7 @@ class _Merger:
         at: dict[int, _Point] = {}  # the same
         remembered: set[int] = set()  # hashes of rows
         older: set[int] = set()  # and of those before them
+        newest_epoch = -math.inf
         opens = "start"  # why the next point that is released begins a segment
         newest: dict[str, int] = {}  # writer -> step of its newest training row in this segment
 
@@ -444,10 +445,15 @@ class _Merger:
                 step = last
             assert step is not None
             last = step
+            went_back = epoch is not None and training and epoch < newest_epoch
+            if epoch is not None and training:
+                newest_epoch = epoch
             writer = self.family.writer(row) if self.family.writer is not None else ""
             point = at.get(step)
             reason = ""
-            if axis is not None and own_step and training:
+            if axis is None and went_back:
+                reason = "the epoch went back, so the run was resumed or begun anew"
+            elif axis is not None and own_step and training:
                 if step < newest.get(writer, step):
                     reason = f"the step went back from {newest[writer]} to {step}"
                 elif point is not None and self._contradicts(point, cells, writer):

@@ -8,7 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -165,48 +165,41 @@ def _printed(number: int, printed: list[str], path: Path) -> _Run | None:
 # ---------------------------------------------------------------------- HTML
 
 
-class _Tables(HTMLParser):
-    """The cells of the tables of a page: `tables[i][j]` is a line of cells."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tables: list[list[list[str]]] = []
-        self._cell: list[str] | None = None
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("table", "tr", "td", "th"):
-            self._close()
-        if tag == "table":
-            self.tables.append([])
-        elif self.tables and tag == "tr":
-            self.tables[-1].append([])
-        elif self.tables and tag in ("td", "th"):
-            if not self.tables[-1]:
-                self.tables[-1].append([])
-            self._cell = []
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th", "tr", "table"):
-            self._close()
-
-    def handle_data(self, data: str) -> None:
-        if self._cell is not None:
-            self._cell.append(data)
-
-    def _close(self) -> None:
-        if self._cell is not None:
-            self.tables[-1][-1].append("".join(self._cell).strip())
-            self._cell = None
+# Tags, and what is no text: comments, scripts and styles, to the end of the page where they do not end.
+_MARKUP = re.compile(
+    r"<!--.*?(?:-->|\Z)|<(script|style)\b[^<>]*>.*?(?:</\1\s*>|\Z)|<(/?)([a-zA-Z][a-zA-Z0-9]*)\b[^<>]*>",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 def _tables(page: str) -> Iterator[tuple[list[str], list[list[str]]]]:
     """(header, lines) of each table of a page."""
     if "<t" not in page or len(page) > MAX_HTML:
         return
-    parser = _Tables()
-    parser.feed(page)
-    parser.close()
-    for table in parser.tables:
+    tables: list[list[list[str]]] = []
+    cell: list[str] | None = None
+    text_from = 0
+    for markup in _MARKUP.finditer(page):
+        if cell is not None:
+            cell.append(page[text_from : markup.start()])
+        text_from = markup.end()
+        tag = (markup[3] or "").lower()
+        if tag not in ("table", "tr", "td", "th"):
+            continue
+        if cell is not None:
+            tables[-1][-1].append(unescape("".join(cell)).strip())
+            cell = None
+        if markup[2]:
+            continue
+        if tag == "table":
+            tables.append([])
+        elif tables and tag == "tr":
+            tables[-1].append([])
+        elif tables:
+            if not tables[-1]:
+                tables[-1].append([])
+            cell = []
+    for table in tables:
         lines = [line for line in table if line]
         if len(lines) > 1:
             yield lines[0], lines[1:]
