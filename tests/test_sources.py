@@ -734,3 +734,13 @@ def test_a_restart_of_a_log_without_steps_shows_in_its_epochs(write):
     assert [o.step for o in run.observations] == [1, 2, 3, 4, 5, 6, 7]
     assert [(s.first, s.step) for s in run.segments] == [(0, 1), (4, 5)]
     assert "the epoch went back" in run.segments[1].reason
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_the_closing_row_is_kept_apart_under_a_tracker_s_names_too(write, prefix):
+    rows = [{"step": s, f"{prefix}loss": 1.0 / s} for s in (1, 2, 3)]
+    rows.append({"step": 3, f"{prefix}train_runtime": 12.5, f"{prefix}train_loss": 0.6, f"{prefix}total_flos": 1e9})
+    run = read(write(rows))
+    assert run.summary == {"train_runtime": 12.5, "train_loss": 0.6, "total_flos": 1e9}
+    assert [o.signals for o in run.observations] == [{"loss": 1.0}, {"loss": 0.5}, {"loss": 1 / 3}]
+    assert run.account.summary == 3 and run.account.balanced

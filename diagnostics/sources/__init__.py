@@ -163,7 +163,8 @@ def read(
             break
     notes += [*raw.notes, *made.notes, *found.notes, *given.notes]
     if found.sources:
-        notes.append(f"Settings were read from {', '.join(found.sources)}.")
+        places = ["the log itself" if source == "." else source for source in found.sources]
+        notes.append(f"Settings were read from {', '.join(places)}.")
     if reason != "given":
         notes.append(f"Taken for {told}: {reason}.")
     if "points_per_log" not in settings and (points := points_per_log(settings)) is not None:

@@ -314,6 +314,10 @@ class _Merger:
         signals = {c.raw for c in self.columns.values() if c.kind == "signal"}
         self.texts = (signals - known - seen.numeric) & seen.filled
         self.off = {raw for raw in signals if tidy(raw) in family.zero_if_off and raw not in seen.nonzero}
+        # The Trainer's closing row, also as it stands in event files and W&B.
+        bare = {raw: tidy(raw).removeprefix("train/") for raw in self.columns}
+        self.sums = {raw: name for raw, name in bare.items() if name in SUMMARY}
+        self.closers = [raw for raw, name in self.sums.items() if name == "train_runtime"]
         self.headers = _headers(seen, axis) if axis is not None else 0
         self.sentinels = {raw: family.not_measured[tidy(raw)] for raw in signals if tidy(raw) in family.not_measured}
 
@@ -485,16 +489,16 @@ class _Merger:
     def _sorted(self, row: Row, tally: _Tally) -> tuple[dict[str, Any], float | None, float | None, bool]:
         """A row's cells that are signals, its time and its epoch, and whether it is the Trainer's closing row."""
         account, columns, texts = tally.account, self.columns, self.texts
-        closing = "train_runtime" in row
+        closing = any(raw in row for raw in self.closers)
         cells: dict[str, Any] = {}
         clock = epoch = None
         for raw, value in row.items():
             column = columns.get(raw)
             kind = column.kind if column is not None else "clock"  # of a name that came after the file was scanned
             if kind == "signal":
-                if closing and raw in SUMMARY:
+                if closing and raw in self.sums:
                     account.summary += 1
-                    tally.summary[raw] = value
+                    tally.summary[self.sums[raw]] = value
                 elif raw in texts:
                     account.text += 1
                 elif value is None:
@@ -558,7 +562,7 @@ class _Merger:
         if renamed:
             notes.append("Read under our names: " + _some([f"{raw} as {ours}" for raw, ours in renamed.items()]) + ".")
         notes.extend(dict.fromkeys(m for c in seen if (m := _meaning(c.raw, family)) is not None))
-        unknown = [c.name for c in seen if not is_known(c, family) and c.raw not in tally.summary]
+        unknown = [c.name for c in seen if not is_known(c, family) and self.sums.get(c.raw) not in tally.summary]
         if unknown:
             notes.append(f"Kept under their own names, no rule reads them: {_some(unknown)}.")
         if texts:

@@ -34,7 +34,6 @@ _PATTERNS = (
     "wandb/latest-run",
     "wandb/run-*",
     "wandb/offline-run-*",
-    "*tfevents*",
     "runs/*/*tfevents*",
     "**/*tfevents*",
     "mlruns",
@@ -67,13 +66,15 @@ def find_log(directory: Path, notes: list[str]) -> Path:
     for pattern in _PATTERNS:
         matches = sorted(_matches(directory, pattern), key=_newness, reverse=True)
         if matches:
-            found.append(matches[0] if "tfevents" not in pattern else matches[0].parent)
+            # Event files are read together: a run that was resumed has several folders.
+            place = directory / "runs" if pattern.startswith("runs/") else directory
+            found.append(place if "tfevents" in pattern else matches[0])
     found = list(dict.fromkeys(found))
     if not found:
         raise UnreadableLog(f"{directory}: holds no log of a usual name; give the file itself.")
     if len(found) > 1:
         names = [str(path.relative_to(directory)) for path in found[1:] if path != directory]
-        if names:
+        if names and found[0] != directory:
             shown = ", ".join(names[:OTHERS_SHOWN]) + (" …" if len(names) > OTHERS_SHOWN else "")
             notes.append(f"Read {found[0].relative_to(directory)}; also there: {shown}.")
     return found[0]

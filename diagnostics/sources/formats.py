@@ -70,7 +70,7 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
     elif kind == "notebook":
         make = partial(notebook.rows, path)
     elif kind == "tensorboard":
-        make = partial(tensorboard.rows, event_files(path))
+        make = partial(tensorboard.rows, [path])
     elif kind == "wandb":
         make = partial(wandb_files.rows, path)
     else:
@@ -117,13 +117,6 @@ def _document(path: Path, kind: str) -> RawLog:
 # ---------------------------------------------------------------------- which container
 
 
-def event_files(path: Path) -> list[Path]:
-    """The TensorBoard files that `path` is, or that lie in it."""
-    if path.is_file():
-        return [path]
-    return sorted(p for p in path.glob("*tfevents*") if p.is_file()) or sorted(path.rglob("*tfevents*"))
-
-
 def _kind(path: Path, container: str | None) -> tuple[str, bytes]:
     """The container and, of a text file, its head."""
     if path.is_dir():
@@ -132,7 +125,7 @@ def _kind(path: Path, container: str | None) -> tuple[str, bytes]:
         for kind, holds in (
             ("mlflow", mlflow_files.is_mlflow),
             ("wandb", wandb_files.is_wandb_directory),
-            ("tensorboard", lambda p: bool(event_files(p))),
+            ("tensorboard", lambda p: bool(tensorboard.event_files(p))),
         ):
             if kind == container or (container is None and holds(path)):
                 return kind, b""
