@@ -14,7 +14,9 @@ PPO trainer lives in a process of its own, which a setup hook of Ray's reaches.
 import os
 import runpy
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from outspoken.diagnostics.integrations import after_init, when_imported
@@ -114,7 +116,10 @@ def runtime_env(env: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _mapping(args: Any) -> dict[str, Any]:
     """A namespace of namespaces as nested mappings."""
-    return {name: _mapping(value) if hasattr(value, "__dict__") else value for name, value in vars(args).items()}
+    return {
+        name: _mapping(value) if isinstance(value, SimpleNamespace | Namespace) else value
+        for name, value in vars(args).items()
+    }
 
 
 def main() -> None:
