@@ -14,11 +14,12 @@ from typing import Any
 
 from outspoken.diagnostics.records import Observation, as_number
 from outspoken.diagnostics.sources.again import Again
-from outspoken.diagnostics.sources.files import Row, count_of
+from outspoken.diagnostics.sources.bounded import weight_of
+from outspoken.diagnostics.sources.files import Row, count_of, listed
 from outspoken.diagnostics.sources.names import CLOCKS, STEPS, SUMMARY, Column, Family, is_known, plan, tidy
+from outspoken.diagnostics.sources.translate import as_observation, meaning
 
 MAX_RESTARTS = 0.2  # share of rows; with more, the step column does not count steps
-NAMES_SHOWN = 12
 REPEAT_SHARE = 0.3  # share of rows that repeat the measurements of the row before, for a log that was filled forward
 WINDOW = 1_000  # steps within which a late evaluation finds its step
 ROWS_REMEMBERED = 100_000  # rows, at least, among which a row that comes again is found
@@ -331,7 +332,7 @@ class _Merger:
             passes += 1
             return self._observations(tally if passes == 1 else _Tally(Account()))
 
-        made = Again(begin, lambda item: len(item.observation.signals) + 4, KEPT_CELLS)
+        made = Again(begin, lambda item: weight_of(item.observation), KEPT_CELLS)
         account = tally.account
         starts: list[tuple[int, int, int, str]] = []  # index, repeats before, step, reason
         names: dict[str, None] = {}
@@ -379,7 +380,7 @@ class _Merger:
                 last = item.observation
 
         return Assembled(
-            observations=Again(observations, lambda o: len(o.signals) + 4, KEPT_CELLS),
+            observations=Again(observations, weight_of, KEPT_CELLS),
             segments=segments,
             account=account,
             columns=columns,
@@ -532,25 +533,13 @@ class _Merger:
         family, columns, account = self.family, self.columns, tally.account
         follow = family.follow() if family.follow is not None else None
         for point in self._points(tally):
-            cells: dict[str, Any] = {}
-            for raw, value in point.cells.items():
-                column = columns[raw]
-                if column.scale != 1.0:
-                    number = as_number(value)
-                    value = value if number is None else number * column.scale
-                cells[column.name] = value
-            seen = Observation.from_raw(point.step, cells, point.time, point.epoch)
-            account.value += len(seen.signals)
+            seen = as_observation(point.cells, columns, family, point.step, point.time, point.epoch)
+            account.value += len(point.cells) - len(seen.nonfinite) - len(seen.unreadable)
             account.nonfinite += len(seen.nonfinite)
             account.unreadable += len(seen.unreadable)
-            for name, derived in family.derived.items():
-                if name not in cells and all(i in seen.signals for i in derived.inputs):
-                    value = derived.formula(*(seen.signals[i] for i in derived.inputs))
-                    if math.isfinite(value):
-                        seen.signals[name] = value  # type: ignore[index]
             if follow is not None:
                 follow(seen)
-            yield _Seen(seen, len(cells), point.opens)
+            yield _Seen(seen, len(point.cells), point.opens)
 
     # ------------------------------------------------------------------ notes
 
@@ -560,13 +549,15 @@ class _Merger:
         notes = []
         renamed = {c.raw: c.name for c in seen if c.raw != c.name}
         if renamed:
-            notes.append("Read under our names: " + _some([f"{raw} as {ours}" for raw, ours in renamed.items()]) + ".")
-        notes.extend(dict.fromkeys(m for c in seen if (m := _meaning(c.raw, family)) is not None))
+            notes.append(
+                "Read under our names: " + listed([f"{raw} as {ours}" for raw, ours in renamed.items()]) + "."
+            )
+        notes.extend(dict.fromkeys(m for c in seen if (m := meaning(c.raw, family)) is not None))
         unknown = [c.name for c in seen if not is_known(c, family) and self.sums.get(c.raw) not in tally.summary]
         if unknown:
-            notes.append(f"Kept under their own names, no rule reads them: {_some(unknown)}.")
+            notes.append(f"Kept under their own names, no rule reads them: {listed(unknown)}.")
         if texts:
-            notes.append(f"Text, not metrics: {_some(sorted(texts))}.")
+            notes.append(f"Text, not metrics: {listed(sorted(texts))}.")
         for segment in segments[1:6]:
             notes.append(f"A new segment begins at step {segment.step}: {segment.reason}.")
         if len(segments) > 6:
@@ -586,7 +577,7 @@ class _Merger:
             notes.append(f"{count_of(account.unreadable, 'value')} are no numbers.")
         if self.off:
             notes.append(
-                f"Always 0, which {family.title or family.name} writes for what is off: {_some(sorted(self.off))}."
+                f"Always 0, which {family.title or family.name} writes for what is off: {listed(sorted(self.off))}."
             )
         if family.null_is_nan:
             notes.append("This format writes NaN as null, so null was read as NaN.")
@@ -600,14 +591,6 @@ class _Merger:
             numbers = {k: v for k, v in tally.summary.items() if k in ("train_runtime", "train_loss")}
             notes.append(f"The closing row of the run was kept apart: {json.dumps(numbers, default=str)}.")
         return notes
-
-
-def _meaning(raw: str, family: Family) -> str | None:
-    name = tidy(raw)
-    for prefix in ("", "train/", "training/", "eval/"):
-        if name.startswith(prefix) and (found := family.meanings.get(name.removeprefix(prefix))) is not None:
-            return found
-    return None
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -641,8 +624,3 @@ def _repeats(a: Observation, b: Observation) -> bool:
     if a.nonfinite or b.nonfinite or a.signals != b.signals or a.unreadable != b.unreadable:
         return False
     return any(b.signals.get(name) for name in ("loss", "grad_norm")) and len(b.signals) >= 3
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -18,7 +18,7 @@ from typing import Any
 from outspoken.diagnostics.patches import same_value
 from outspoken.diagnostics.records import as_number
 from outspoken.diagnostics.sources.config import load
-from outspoken.diagnostics.sources.files import UnreadableLog
+from outspoken.diagnostics.sources.files import UnreadableLog, listed
 from outspoken.diagnostics.sources.names import Family
 from outspoken.diagnostics.sources.settings import (
     ADAPTER,
@@ -38,7 +38,6 @@ from outspoken.diagnostics.sources.settings import (
 __all__ = ["AXOLOTL", "LLAMA_FACTORY", "Beside", "contradiction", "find", "given", "translate"]
 
 MAX_YAML = 256 * 1024  # bytes of a neighbour that is read without being asked for
-MAX_LISTED = 12  # names that a note lists
 MAX_ENTRIES = 1000  # of a folder, that are looked at
 
 # Training configurations, the ones that the run wrote itself first.
@@ -148,9 +147,9 @@ def given(config: Mapping[str, Any], family: Family) -> Beside:
     count = len(seen.settings)
     whose = f"{seen.title}'s names" if seen.foreign else "sections"
     note = f"The configuration that was given is in {whose}; {count} of its settings were understood"
-    note += f" ({_listed(sorted(seen.settings))})" if count else ""
+    note += f" ({listed(sorted(seen.settings))})" if count else ""
     unknown = [name for name in seen.unknown if not is_secret(name)]
-    note += f", and not understood: {_listed(unknown)}." if unknown else "."
+    note += f", and not understood: {listed(unknown)}." if unknown else "."
     notes = [note, *(f"In the configuration that was given, {each}; it was passed over." for each in seen.unfit)]
     return Beside(seen.settings, count > 0, notes=notes, method=seen.method)
 
@@ -420,8 +419,3 @@ def _shown(path: Path, here: Path) -> str:
 
 def _said(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)[:60]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - MAX_LISTED
-    return ", ".join(str(name)[:80] for name in names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

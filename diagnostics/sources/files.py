@@ -7,7 +7,7 @@ import codecs
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -149,3 +149,9 @@ def text_of(path: Path, head: bytes) -> str:
 
 def count_of(n: int, one: str, many: str | None = None) -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def listed(names: Sequence[str], shown: int = 12) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - shown
+    return ", ".join(str(name)[:80] for name in names[:shown]) + (f" and {more} more" if more > 0 else "")

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from outspoken.diagnostics.records import Observation, as_number
-from outspoken.diagnostics.sources.files import Row
+from outspoken.diagnostics.sources.files import Row, listed
 from outspoken.diagnostics.sources.names import STEPS, SUMMARY, Column, Family, is_known, plan, tidy
 
 MAX_NAMES = 5000  # a run that invents names does not grow memory
 MAX_DEPTH = 4  # of nested mappings that are joined by "/"
-NAMES_SHOWN = 12
 
 
 def flat(metrics: Mapping[Any, Any], depth: int = MAX_DEPTH) -> Row:
@@ -65,7 +64,7 @@ class Translator:
             "Kept under their own names, no rule reads them": [c.name for c in read if not is_known(c, self.family)],
             "No numbers, so left out": texts,
         }
-        parts = [f"{what}: {_some(names)}." for what, names in said.items() if names]
+        parts = [f"{what}: {listed(names)}." for what, names in said.items() if names]
         return " ".join([*parts, *dict.fromkeys(m for c in read if (m := meaning(c.raw, self.family)) is not None)])
 
     def step_of(self, row: Row) -> Any:
@@ -89,18 +88,9 @@ class Translator:
 
     def observation(self, row: Row, step: int, time: float | None = None, epoch: float | None = None) -> Observation:
         """The observation that a row makes. Its names must have been learnt."""
-        cells: dict[str, Any] = {}
-        for raw, value in self.signals(row).items():
-            column = self.columns[raw]
-            cells[column.name] = value * column.scale if isinstance(value, float) else value
         if epoch is None:
             epoch = self._epoch(row)
-        seen = Observation.from_raw(step, cells, time, epoch)
-        for name, derived in self.family.derived.items():
-            if name not in cells and all(i in seen.signals for i in derived.inputs):
-                value = derived.formula(*(seen.signals[i] for i in derived.inputs))
-                if math.isfinite(value):
-                    seen.signals[name] = value  # type: ignore[index]
+        seen = as_observation(self.signals(row), self.columns, self.family, step, time, epoch)
         if self._follow is not None:
             self._follow(seen)
         return seen
@@ -129,6 +119,31 @@ class Translator:
         return False
 
 
+def as_observation(
+    cells: Row,
+    columns: Mapping[str, Column],
+    family: Family,
+    step: int,
+    time: float | None = None,
+    epoch: float | None = None,
+) -> Observation:
+    """A row's signals as an observation: under our names, in our units, with what follows from them."""
+    ours: dict[str, Any] = {}
+    for raw, value in cells.items():
+        column = columns[raw]
+        if column.scale != 1.0:
+            number = as_number(value)
+            value = value if number is None else number * column.scale
+        ours[column.name] = value
+    seen = Observation.from_raw(step, ours, time, epoch)
+    for name, derived in family.derived.items():
+        if name not in ours and all(i in seen.signals for i in derived.inputs):
+            value = derived.formula(*(seen.signals[i] for i in derived.inputs))
+            if math.isfinite(value):
+                seen.signals[name] = value  # type: ignore[index]
+    return seen
+
+
 def meaning(raw: str, family: Family) -> str | None:
     """Which of several meanings a name was taken for, where its family's table says so."""
     name = tidy(raw)
@@ -136,8 +151,3 @@ def meaning(raw: str, family: Family) -> str | None:
         if name.startswith(prefix) and (found := family.meanings.get(name.removeprefix(prefix))) is not None:
             return found
     return None
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
