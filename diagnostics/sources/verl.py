@@ -36,11 +36,14 @@ def rewards_seen() -> Callable[[Observation], None]:
     Where the smallest is not logged, the smallest mean stands in for the range: it is then a lower bound.
     """
     highest = lowest = smallest_mean = None
+    spellings = {what: list(_both({f"critic/score/{what}": None})) for what in ("max", "min", "mean")}
 
     def follow(observation: Observation) -> None:
         nonlocal highest, lowest, smallest_mean
         seen = observation.signals
-        top, bottom, mean = (seen.get(f"critic/score/{what}") for what in ("max", "min", "mean"))
+        top, bottom, mean = (
+            next((seen[name] for name in names if name in seen), None) for names in spellings.values()
+        )
         mean = seen.get("reward", mean)
         if top is not None:
             highest = top if highest is None else max(highest, top)
