@@ -149,7 +149,7 @@ def _told_by(path: Path, text: str, head: bytes) -> str:
     first = next((line for line in lines if line and not line.startswith("#")), "")
     if notebook.is_notebook(text):
         return "notebook"
-    if first.startswith("{") and (kind := _json_kind(first)) is not None:
+    if first.startswith("{") and not _is_python(first, text) and (kind := _json_kind(first)) is not None:
         return kind
     if first.startswith("[") and _begins_a_list_of_rows(text):
         return "json"
@@ -162,6 +162,11 @@ def _told_by(path: Path, text: str, head: bytes) -> str:
     raise UnreadableLog(
         f"{path}: line 1 is neither JSON nor a CSV header, and no line holds metrics ({first[:60]!r})."
     )
+
+
+def _is_python(first: str, text: str) -> bool:
+    """Whether a text whose first line opens a brace begins with a Python dict, which has single quotes."""
+    return text[text.index(first) + 1 :].lstrip()[:1] == "'"
 
 
 def _json_kind(first: str) -> str | None:
