@@ -536,9 +536,9 @@ def test_a_reader_that_fails_is_a_note(lay, monkeypatch):
     ("module", "log", "given_folder", "asked"),
     [
         ("tensorboard", "events.out.tfevents.1", False, ["events.out.tfevents.1"]),
-        ("tensorboard", "events.out.tfevents.1", True, ["events.out.tfevents.1"]),
+        ("tensorboard", "events.out.tfevents.1", True, ["."]),  # a folder is looked through by the reader itself
         ("wandb_files", "run-abc.wandb", False, "run-abc.wandb"),
-        ("wandb_files", "run-abc.wandb", True, "run-abc.wandb"),
+        ("wandb_files", "run-abc.wandb", True, "."),
         ("mlflow_files", "meta.yaml", True, "."),
     ],
 )

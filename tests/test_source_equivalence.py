@@ -281,7 +281,7 @@ def as_json_columns(folder, rows):
 
 def as_trainer_state(folder, rows):
     """As `transformers` saves it, without the settings that it may hold beside the rows."""
-    state = {"best_metric": None, "epoch": rows[-1].get("epoch"), "global_step": rows[-1]["step"]}
+    state = {"best_metric": None, "epoch": rows[-1].get("epoch"), "global_step": rows[-1].get("step")}
     return put(folder / "trainer_state.json", json.dumps(state | {"log_history": rows, "is_world_process_zero": True}))
 
 
@@ -290,7 +290,10 @@ def as_csv(folder, rows, delimiter=","):
     out = io.StringIO()
     writer = csv.writer(out, delimiter=delimiter)
     writer.writerow(rows[0])
-    writer.writerows(["" if value is None else repr(value) for value in row.values()] for row in rows)
+    writer.writerows(
+        ["" if value is None else value if isinstance(value, str) else repr(value) for value in row.values()]
+        for row in rows
+    )
     return put(folder / "log.csv", out.getvalue())
 
 
@@ -335,7 +338,7 @@ def as_wandb_history(folder, rows):
     return as_csv(folder, rows)
 
 
-def as_wandb_file(folder, rows):
+def as_wandb_file(folder, rows, named=in_tracker, settings={}):
     """`run-*.wandb`: a log of blocks (leveldb's log_format.md) of `Record` messages, one a call of `log`."""
     log = bytearray(b":W&B\xe1\xbe\x00")
 
@@ -351,10 +354,11 @@ def as_wandb_file(folder, rows):
             log.extend(struct.pack("<IHB", zlib.crc32(bytes([kind]) + piece), len(piece), kind) + piece)
             first = False
 
-    append(message((1, 0), (17, message((1, "run7"), (3, "project")))))
+    updates = ((1, message((2, name), (16, json.dumps(value)))) for name, value in settings.items())
+    append(message((1, 0), (17, message((1, "run7"), (3, "project"), (4, message(*updates))))))
     for number, row in enumerate(rows):
-        named = in_tracker(row) | {"_step": number, "_timestamp": CLOCK + 7.0 * number, "_runtime": 7.0 * number}
-        items = [(1, message((2, name), (16, json.dumps(value)))) for name, value in named.items()]
+        cells = named(row) | {"_step": number, "_timestamp": CLOCK + 7.0 * number, "_runtime": 7.0 * number}
+        items = [(1, message((2, name), (16, json.dumps(value)))) for name, value in cells.items()]
         append(message((1, number + 1), (2, message(*items, (2, message((1, number)))))))
     run = folder / "wandb" / "offline-run-20260601_100000-run7"
     run.mkdir(parents=True)
@@ -362,7 +366,7 @@ def as_wandb_file(folder, rows):
     return folder / "wandb"
 
 
-def as_event_file(folder, rows):
+def as_event_file(folder, rows, named=in_tracker, settings={}):
     """What TensorBoard's writer leaves: an event a scalar, 32-bit floats."""
 
     def record(data):
@@ -370,9 +374,15 @@ def as_event_file(folder, rows):
         return head + struct.pack("<I", masked_crc(head)) + data + struct.pack("<I", masked_crc(data))
 
     out = bytearray(record(message((1, CLOCK), (3, "brain.Event:2"))))
+    if settings:  # as text: a tensor of strings
+        text = message((1, 7), (2, message((2, message((1, 1))))), (8, json.dumps(settings, indent=2)))
+        plugin = message((1, message((1, "text"))))
+        out += record(
+            message((1, CLOCK), (5, message((1, message((1, "args/text_summary"), (9, plugin), (8, text))))))
+        )
     for i, row in enumerate(rows):
-        for name, value in in_tracker(row).items():
-            if name != "train/global_step":
+        for name, value in named(row).items():
+            if name not in ("step", "train/global_step"):
                 scalar = message((1, name), (2, struct.pack("<f", value)))
                 out += record(message((1, CLOCK + 7.0 * i), (2, row["step"]), (5, message((1, scalar)))))
     run = folder / "runs" / "Jun01_10-00-00_host"
@@ -381,12 +391,15 @@ def as_event_file(folder, rows):
     return run
 
 
-def as_mlflow_folder(folder, rows):
+def as_mlflow_folder(folder, rows, settings={}):
     """`mlruns/<experiment>/<run>/metrics/<name>`, a line "milliseconds value step" a measurement."""
     run = folder / "mlruns" / "7" / "0123456789abcdef0123456789abcdef"
     run.mkdir(parents=True)
     put(run.parent / "meta.yaml", "experiment_id: '7'\nname: tuning\nlifecycle_stage: active\n")
     put(run / "meta.yaml", f"run_id: {run.name}\nstart_time: {CLOCK * 1000:.0f}\nlifecycle_stage: active\n")
+    for name, value in settings.items():
+        (run / "params").mkdir(exist_ok=True)
+        put(run / "params" / name, str(value))
     lines = {}
     for i, row in enumerate(rows):
         for name, value in row.items():
@@ -399,7 +412,7 @@ def as_mlflow_folder(folder, rows):
     return folder / "mlruns"
 
 
-def as_mlflow_database(folder, rows):
+def as_mlflow_database(folder, rows, settings={}):
     path = folder / "mlflow.db"
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE runs (run_uuid TEXT, name TEXT, start_time INTEGER, lifecycle_stage TEXT)")
@@ -407,6 +420,7 @@ def as_mlflow_database(folder, rows):
         database.execute(
             "CREATE TABLE metrics (run_uuid TEXT, key TEXT, value REAL, timestamp INTEGER, step INTEGER, is_nan BOOL)"
         )
+        database.executemany("INSERT INTO params VALUES ('run7', ?, ?)", [(n, str(v)) for n, v in settings.items()])
         database.execute("INSERT INTO runs VALUES ('run7', 'sunny-sky', ?, 'active')", (int(CLOCK * 1000),))
         database.executemany(
             "INSERT INTO metrics VALUES ('run7', ?, ?, ?, ?, ?)",
@@ -664,6 +678,25 @@ def test_a_run_is_judged_alike_in_every_container(folder, name, given):
         report = diagnose(as_json_lines(folder(), rows), config=config)
         assert shown(report) == SHOWS[name]
         assert judged(diagnose(write(folder(), rows), config=config)) == judged(report), write.__name__
+
+
+def as_json_lines_beside_settings(folder, rows, settings):
+    put(folder / "args.json", json.dumps(settings))
+    return as_json_lines(folder, rows)
+
+
+@pytest.mark.parametrize("name", ["cut", "dpo_spikes"])
+def test_settings_inside_a_log_or_beside_it_count_as_those_handed_over(folder, name):
+    settings = config_of(name)
+    rows = rounded(RUNS[name](), ROUNDED[as_event_file])
+    report = diagnose(as_json_lines(folder(), rows), config=settings)
+    assert report["config_known"]
+    for write in (
+        *(as_json_lines_beside_settings, as_wandb_file, as_event_file, as_mlflow_folder, as_mlflow_database),
+    ):
+        path = write(folder(), rows, settings=settings)
+        for place in {path, *([path.parent] if write is as_event_file else [])}:
+            assert judged(diagnose(place)) == judged(report), (write.__name__, place.name)
 
 
 @pytest.mark.parametrize("name", RUNS)

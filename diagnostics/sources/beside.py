@@ -10,13 +10,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from outspoken.diagnostics.patches import same_value
 from outspoken.diagnostics.records import as_number
+from outspoken.diagnostics.sources import mlflow_files, tensorboard, wandb_files
 from outspoken.diagnostics.sources.config import load
 from outspoken.diagnostics.sources.files import UnreadableLog, listed
 from outspoken.diagnostics.sources.names import Family
@@ -264,38 +264,25 @@ def _read_parts(folder: Path, here: Path, found: Beside) -> None:
 
 def _read_log_itself(path: Path, here: Path, family: Family, found: Beside) -> None:
     """Settings inside the log: W&B's file, MLflow's parameters, the text that transformers puts into TensorBoard."""
-    events = (
-        [here / name for name in sorted(os.listdir(here))[:MAX_ENTRIES] if "tfevents" in name] if path == here else []
-    )
-    asked: list[tuple[str, Any]] = []
-    if path.suffix == ".wandb":
-        asked.append(("wandb_files", path))
-    elif path == here and len(binaries := list(_entries(here, "*.wandb"))) == 1:
-        asked.append(("wandb_files", binaries[0]))
-    if "tfevents" in path.name or events:
-        asked.append(("tensorboard", events or [path]))
-    if path == here or path.suffix == ".db":
-        asked.append(("mlflow_files", path))
-    for module, argument in asked:
-        try:
-            raw = _settings_inside(module, argument)
-        except Exception as error:  # settings are a bonus: whatever is wrong with them, the log itself can be read
-            found.notes.append(f"The settings inside {path.name} could not be read ({str(error)[:200]}).")
-            continue
-        if raw:
-            _take(understand(raw, family), path, here, found)
-
-
-def _settings_inside(module: str, argument: Any) -> Mapping[str, Any]:
-    """What a container's reader tells of the run's settings, by its own names; nothing if it reads none."""
     try:
-        reader = import_module(f"outspoken.diagnostics.sources.{module}")
-    except ModuleNotFoundError:
-        return {}
-    if not hasattr(reader, "settings") or (module == "mlflow_files" and not reader.is_mlflow(argument)):
-        return {}
-    found: Mapping[str, Any] = reader.settings(argument)
-    return found
+        raw = _settings_inside(path)
+    except Exception as error:  # settings are a bonus: whatever is wrong with them, the log itself can be read
+        found.notes.append(f"The settings inside {path.name} could not be read ({str(error)[:200]}).")
+        return
+    if raw:
+        _take(understand(raw, family), path, here, found)
+
+
+def _settings_inside(path: Path) -> Mapping[str, Any]:
+    """What a container's reader tells of the run's settings, by its own names; nothing if it holds none."""
+    if path.is_dir() or path.suffix == ".db":
+        if mlflow_files.is_mlflow(path):
+            return mlflow_files.settings(path)
+        if wandb_files.is_wandb_directory(path):
+            return wandb_files.settings(path)
+    elif path.suffix == ".wandb":
+        return wandb_files.settings(path)
+    return tensorboard.settings([path]) if path.is_dir() or "tfevents" in path.name else {}
 
 
 # ---------------------------------------------------------------------- reading one file
