@@ -338,7 +338,7 @@ def as_wandb_history(folder, rows):
     return as_csv(folder, rows)
 
 
-def as_wandb_file(folder, rows, named=in_tracker, settings={}):
+def as_wandb_file(folder, rows, named=in_tracker, **settings):
     """`run-*.wandb`: a log of blocks (leveldb's log_format.md) of `Record` messages, one a call of `log`."""
     log = bytearray(b":W&B\xe1\xbe\x00")
 
@@ -366,7 +366,7 @@ def as_wandb_file(folder, rows, named=in_tracker, settings={}):
     return folder / "wandb"
 
 
-def as_event_file(folder, rows, named=in_tracker, settings={}):
+def as_event_file(folder, rows, named=in_tracker, **settings):
     """What TensorBoard's writer leaves: an event a scalar, 32-bit floats."""
 
     def record(data):
@@ -391,7 +391,7 @@ def as_event_file(folder, rows, named=in_tracker, settings={}):
     return run
 
 
-def as_mlflow_folder(folder, rows, settings={}):
+def as_mlflow_folder(folder, rows, **settings):
     """`mlruns/<experiment>/<run>/metrics/<name>`, a line "milliseconds value step" a measurement."""
     run = folder / "mlruns" / "7" / "0123456789abcdef0123456789abcdef"
     run.mkdir(parents=True)
@@ -412,7 +412,7 @@ def as_mlflow_folder(folder, rows, settings={}):
     return folder / "mlruns"
 
 
-def as_mlflow_database(folder, rows, settings={}):
+def as_mlflow_database(folder, rows, **settings):
     path = folder / "mlflow.db"
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE runs (run_uuid TEXT, name TEXT, start_time INTEGER, lifecycle_stage TEXT)")
@@ -680,7 +680,7 @@ def test_a_run_is_judged_alike_in_every_container(folder, name, given):
         assert judged(diagnose(write(folder(), rows), config=config)) == judged(report), write.__name__
 
 
-def as_json_lines_beside_settings(folder, rows, settings):
+def as_json_lines_beside_settings(folder, rows, **settings):
     put(folder / "args.json", json.dumps(settings))
     return as_json_lines(folder, rows)
 
@@ -694,7 +694,7 @@ def test_settings_inside_a_log_or_beside_it_count_as_those_handed_over(folder, n
     for write in (
         *(as_json_lines_beside_settings, as_wandb_file, as_event_file, as_mlflow_folder, as_mlflow_database),
     ):
-        path = write(folder(), rows, settings=settings)
+        path = write(folder(), rows, **settings)
         for place in {path, *([path.parent] if write is as_event_file else [])}:
             assert judged(diagnose(place)) == judged(report), (write.__name__, place.name)
 
@@ -1789,3 +1789,61 @@ def test_a_healthy_run_gives_no_warning_in_any_system(folder, kind, seeds):
         for system, (render, write, *_) in systems.items():
             report = diagnose(write(folder(), [raw for row in truth for raw in render(row)]))
             assert (shown(report), report["verdict"]["state"]) == (set(), "improving"), (system, seed)
+
+
+# ---------------------------------------------------------------------- public runs
+
+PUBLIC = Path(__file__).resolve().parents[2] / "shared" / "real_runs"
+# Of several systems and methods, healthy and not.
+PUBLIC_FAST = (
+    *(
+        "cognidet_sft",
+        "fuguez_qwen05_dpo",
+        "zhuoyuan_gec_ipo_lr1e_06_ep1",
+        "srinath_grpo",
+        "rusheel_chaos_economy_grpo",
+    ),
+    *(
+        "tinker_arithmetic_rl",
+        "tinker_distill_on",
+        "verl_getting_started_ppo",
+        "kartik_ppo_v1_2026",
+        "chelsi_dpo_corrupt",
+    ),
+    *("nlpgrpo24_divc_shaped_kl_03_ent_01_t1_2", "jaong_cpt", "terrense_sft_final", "ningguo_hotpot_grpo_v1"),
+)
+PUBLIC_RUNS = sorted(p.name for p in PUBLIC.iterdir() if list(p.glob("log.jsonl*"))) if PUBLIC.is_dir() else []
+
+
+def public_rows(name):
+    (path,) = PUBLIC.joinpath(name).glob("log.jsonl*")
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in text.decode().splitlines() if line.strip()]
+
+
+def unnamed(row):
+    return row
+
+
+@pytest.mark.skipif(not PUBLIC_RUNS, reason="no recorded runs beside this checkout")
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in PUBLIC_FAST else [pytest.mark.slow]) for n in PUBLIC_RUNS]
+)
+def test_a_public_run_is_judged_alike_in_every_container(folder, name):
+    """Its log under the names of its own system, written once more; without what may lie beside the log."""
+    rows = public_rows(name)
+    report = judged(diagnose(as_json_lines(folder(), rows)))
+    writers = [as_gzipped_json_lines, as_json_list, as_trainer_state, as_csv]
+    values = [value for row in rows for value in row.values()]
+    if all("step" in row for row in rows) and all(type(value) in (int, float) for value in values):
+        writers += [as_mlflow_database, as_console_of_steps, as_console_of_global_steps]
+        if not any(f"{a}/" in b for a in rows[0] for b in rows[0]):  # no file and folder of one name
+            writers.append(as_mlflow_folder)
+        if not any(" " in name for row in rows for name in row):  # between spaces, no name has one
+            writers.append(as_torchtune_text)
+        assert judged(diagnose(as_wandb_file(folder(), rows, unnamed))) == report
+        short = rounded(rows, ROUNDED[as_event_file])
+        same = judged(diagnose(as_json_lines(folder(), short)))
+        assert judged(diagnose(as_event_file(folder(), short, unnamed))) == same
+    for write in writers:
+        assert judged(diagnose(write(folder(), rows))) == report, write.__name__
