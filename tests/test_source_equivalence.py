@@ -318,6 +318,11 @@ def in_tracker(row):
     return named
 
 
+def unnamed(row):
+    """A row under its own names."""
+    return row
+
+
 def as_chart_of_wandb(folder, rows):
     """A panel exported as CSV: a column a metric, with its smallest and largest value beside it."""
     rows = [in_tracker(row) for row in rows]
@@ -1791,6 +1796,36 @@ def test_a_healthy_run_gives_no_warning_in_any_system(folder, kind, seeds):
             assert (shown(report), report["verdict"]["state"]) == (set(), "improving"), (system, seed)
 
 
+# Names by which systems count steps in rows that have no "step".
+STEP_NAMES = ("train/global_step", "misc/policy_sgd_step", "stats/completed_steps", "training_step", "current_steps")
+
+
+def with_step(raw):
+    """A row as a tracker gets it: flat, with its step."""
+    flat = {**raw, **raw.get("data", {})}
+    flat.pop("data", None)
+    return {"step": next(flat[name] for name in ("step", *STEP_NAMES) if name in flat), **flat}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "system"),
+    [("rl", system) for system in RL_SYSTEMS if system != "verl_of_prometheus"]  # by name a tracker of its own
+    + [(kind, system) for kind, systems in SUPERVISED_SYSTEMS.items() for system in systems],
+)
+def test_every_system_is_judged_alike_in_every_tracker(folder, kind, system):
+    render = (RL_SYSTEMS if kind == "rl" else SUPERVISED_SYSTEMS[kind])[system][0]
+    truth = blown_up_truth(7) if kind == "rl" else supervised_truth(kind, True, seed=3)
+    rows = [with_step(raw) for row in truth for raw in render(row)]
+    rows = [{n: v for n, v in row.items() if not isinstance(v, str)} for row in rounded(rows, ROUNDED[as_event_file])]
+    report = judged(diagnose(as_json_lines(folder(), rows)))
+    timeless = [{name: value for name, value in row.items() if name != "time"} for row in rows]  # they have their own
+    assert judged(diagnose(as_wandb_file(folder(), timeless, unnamed))) == report
+    assert judged(diagnose(as_event_file(folder(), timeless, unnamed))) == report
+    for write in (as_mlflow_folder, as_mlflow_database, as_csv, as_console_of_steps):
+        assert judged(diagnose(write(folder(), timeless))) == report, write.__name__
+
+
 # ---------------------------------------------------------------------- public runs
 
 PUBLIC = Path(__file__).resolve().parents[2] / "shared" / "real_runs"
@@ -1819,10 +1854,6 @@ def public_rows(name):
     (path,) = PUBLIC.joinpath(name).glob("log.jsonl*")
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return [json.loads(line) for line in text.decode().splitlines() if line.strip()]
-
-
-def unnamed(row):
-    return row
 
 
 @pytest.mark.skipif(not PUBLIC_RUNS, reason="no recorded runs beside this checkout")
