@@ -18,6 +18,7 @@ from outspoken.diagnostics.sources import beside, own
 from outspoken.diagnostics.sources.again import Again
 from outspoken.diagnostics.sources.assemble import Account, Assembled, Segment, assemble, scan
 from outspoken.diagnostics.sources.beside import Beside
+from outspoken.diagnostics.sources.bounded import MAX_NAMES, weight_of
 from outspoken.diagnostics.sources.config import (
     config_of_state,
     infer_method,
@@ -226,7 +227,7 @@ def _with_trials(made: Assembled, method: str, config: Mapping[str, Any], notes:
         notes.append(f"How many trials a point of {name} stands for is not logged: at least {bound}.")
     if not bounds:
         return made.observations
-    return Again(lambda: with_trials(made.observations, bounds), lambda o: len(o.signals) + 4, KEPT_CELLS)
+    return Again(lambda: with_trials(made.observations, bounds), weight_of, KEPT_CELLS)
 
 
 def _own_run(
@@ -246,6 +247,8 @@ def _own_run(
             continue
         for state in (made.signals, made.nonfinite, made.unreadable):
             names.update(dict.fromkeys(state))
+        if len(names) > MAX_NAMES:
+            raise UnreadableLog(f"{path}: holds more than {MAX_NAMES} names, which no run has.")
         account.value += len(made.signals)
         account.nonfinite += len(made.nonfinite)
         account.unreadable += len(made.unreadable)
@@ -270,7 +273,7 @@ def _own_run(
             if own.is_record(row) and (made := own.to_observation(row)) is not None:
                 yield made
 
-    again = Again(observations, lambda o: len(o.signals) + 4, KEPT_CELLS)
+    again = Again(observations, weight_of, KEPT_CELLS)
     guessed, reason = infer_method(set(names), again)
     recorded = card.get("method")
     recorded_config = card.get("config")

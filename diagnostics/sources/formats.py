@@ -11,6 +11,7 @@ from typing import Any
 
 from outspoken.diagnostics.sources import console, mlflow_files, notebook, tensorboard, wandb_files
 from outspoken.diagnostics.sources.again import Again
+from outspoken.diagnostics.sources.bounded import bounded, weight
 from outspoken.diagnostics.sources.config import method_in_text
 from outspoken.diagnostics.sources.csv_rows import csv_rows, delimiter_of
 from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, head_of, lines_of, text_of
@@ -76,25 +77,26 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
     else:
         make = partial(mlflow_files.rows, path)
     notes: list[str] = []
-    return RawLog(path, kind, _again(make, notes), style=style, named=named, notes=notes, met=met)
+    return RawLog(path, kind, _again(path, make, notes), style=style, named=named, notes=notes, met=met)
 
 
 def _console_rows(path: Path, style: str, notes: list[str]) -> Iterator[Row]:
     return console.rows(lines_of(path, notes, strict=False), style, path, notes)
 
 
-def _again(make: Callable[[list[str]], Iterator[Row]], notes: list[str]) -> Again[Row]:
-    """Rows of a file; the first whole pass over them leaves its notes."""
+def _again(path: Path, make: Callable[[list[str]], Iterator[Row]], notes: list[str]) -> Again[Row]:
+    """Rows of a file; the first whole pass over them adds its notes."""
     done = False
 
     def begin() -> Iterator[Row]:
         nonlocal done
         told: list[str] = []
-        yield from make(told)
+        yield from bounded(make(told), path, told)
         if not done:
-            notes[:], done = told, True
+            notes.extend(told)
+            done = True
 
-    return Again(begin, len, KEPT_CELLS)
+    return Again(begin, weight, KEPT_CELLS)
 
 
 def _document(path: Path, kind: str) -> RawLog:
@@ -107,10 +109,13 @@ def _document(path: Path, kind: str) -> RawLog:
         if found.columns is None:
             raise UnreadableLog(f"{path}: is JSON, but holds no list of logged rows.")
         columns = found.columns
-        return RawLog(path, "json", Again(lambda: iter(columns), len, KEPT_CELLS), notes=notes)
+        rows = _again(path, lambda told: (dict(zip(columns, cells)) for cells in zip(*columns.values())), notes)
+        return RawLog(path, "json", rows, notes=notes)
     if found.others:
         notes.append(f"{count_of(found.others, 'entry', 'entries')} of {key} are no rows and were skipped.")
-    rows = Again(lambda: document_rows(path, key), len, KEPT_CELLS)
+    if found.times > 1:
+        notes.append(f"{key!r} stands {found.times} times in the document; the rows of all of them were read.")
+    rows = _again(path, lambda told: document_rows(path, key), notes)
     return RawLog(path, "trainer_state" if key == "log_history" else "json", rows, found.extra, notes=notes)
 
 

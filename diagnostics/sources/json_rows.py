@@ -7,8 +7,9 @@ NaN and Infinity included.
 import codecs
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,10 @@ from outspoken.diagnostics.sources.files import MAX_LINE, Row, UnreadableLog, co
 
 MAX_BAD_SHARE = 0.5  # of lines that cannot be parsed; beyond it the file is not what it seems
 MAX_DEPTH = 4  # of nested objects that are flattened to a/b/c
-MAX_COLUMN = 256 * 1024 * 1024  # characters of one value beside the rows, e.g. a list of numbers
+MAX_NESTING = 100  # of lists and objects; C code that goes through deeper ones may end Python's stack
+MAX_BESIDE = 64 * 1024 * 1024  # characters of one value beside the rows that is no list
+MAX_NUMBERS = 2_000_000  # of a document that holds one list of numbers for each name
+MAX_MEMBERS = 20_000  # names of a document
 CHUNK = 256 * 1024  # characters read at a time
 SKIPPED_SHOWN = 10
 
@@ -42,7 +46,25 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def loads(text: str) -> Any:
-    return _DECODER.decode(text)
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply. RecursionError: it is nested far too deeply.
+    """
+    value = _DECODER.decode(text)
+    _refuse_depth(value, text.count("[") + text.count("{"))
+    return value
+
+
+def _refuse_depth(value: Any, brackets: int) -> None:
+    """Raise ValueError for a value nested deeper than MAX_NESTING; `brackets` open in its text."""
+    layer, depth = [value], 0
+    while layer and brackets > MAX_NESTING:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise ValueError("nested too deeply")
+        inner = (v.values() if isinstance(v, dict) else v for v in layer)
+        layer = [v for values in inner for v in values if isinstance(v, dict | list)]
 
 
 def flatten(row: dict[str, Any], depth: int = MAX_DEPTH) -> Row:
@@ -124,15 +146,19 @@ class Document:
 
     Attributes:
         key: under which name its rows stand; "" if the document is the list of them; None if it has no such list.
-        columns: rows made of lists of numbers, one list a name, where there are such lists and nothing else.
-        extra: what stands beside the rows.
-        others: entries of the list that are no objects.
+        columns: lists of numbers, one a name, where there are such lists and nothing else.
+        extra: numbers and the like beside the rows.
+        others: entries of the list that are no objects. times: how often the name of the list stands there.
     """
 
     key: str | None = None
-    columns: list[Row] | None = None
+    columns: dict[str, list[Any]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     others: int = 0
+    times: int = 1
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class _Reader:
@@ -171,10 +197,10 @@ class _Reader:
     def peek(self) -> str:
         """The next character that is no space, "" at the end; `at` stands on it."""
         while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in " \t\r\n":
-                    return self.text[self.at]
-                self.at += 1
+            found = _SPACE.match(self.text, self.at)
+            self.at = found.end() if found is not None else self.at
+            if self.at < len(self.text):
+                return self.text[self.at]
             if not self._more():
                 return ""
 
@@ -196,6 +222,7 @@ class _Reader:
             try:
                 made, end = _DECODER.raw_decode(self.text, self.at)
                 if end < len(self.text) or not self._more(size):  # a number at the edge may go on
+                    _refuse_depth(made, self.text.count("[", self.at, end) + self.text.count("{", self.at, end))
                     self.at = end
                     return made
             except json.JSONDecodeError as error:
@@ -209,9 +236,19 @@ class _Reader:
                         f"{self.path}: line {self._line + error.lineno - 1} is not valid JSON ({error.msg}); "
                         "is it cut off?"
                     ) from None
-            except (ValueError, RecursionError) as error:
-                raise UnreadableLog(f"{self.path}: is not readable JSON ({type(error).__name__}).") from None
+            except (ValueError, RecursionError):
+                raise UnreadableLog(
+                    f"{self.path}: is not readable JSON (line {self.line()} begins a value that is nested too deeply)."
+                ) from None
             size *= 2
+
+    def skip(self) -> None:
+        """Pass over the next value."""
+        if self.peek() == "[":
+            for _ in self.elements():
+                pass
+        else:
+            self.value(MAX_BESIDE)
 
     def broken(self, why: str) -> UnreadableLog:
         return UnreadableLog(f"{self.path}: line {self.line()} is not valid JSON ({why}); is it cut off?")
@@ -251,45 +288,77 @@ def scan(path: Path) -> Document:
     """What a JSON document holds, gone through once.
 
     Raises:
-        UnreadableLog: it is no JSON, or cut off.
+        UnreadableLog: it is no JSON, cut off, or too large in what is no row.
     """
     found = Document()
-    lists: dict[str, tuple[int, int]] = {}  # name -> objects and other entries of the list
-    columns: dict[str, list[Any]] = {}
+    lists: dict[str, _List] = {}
     with open_bytes(path) as handle:
         document = _Reader(path, handle)
+        room = MAX_NUMBERS
         if document.peek() == "[":
-            lists[""] = _count_objects(document, [])
+            lists[""] = _list(document, 0)
         else:
-            for name in document.members():
+            for number, name in enumerate(document.members()):
+                if number == MAX_MEMBERS:
+                    raise UnreadableLog(f"{path}: is a JSON object of more than {MAX_MEMBERS} names, which no log is.")
                 if document.peek() == "[":
-                    lists[name] = _count_objects(document, columns.setdefault(name, []))
+                    seen, before = _list(document, room), lists.get(name, _List())
+                    room -= len(seen.numbers)
+                    lists[name] = _List(
+                        before.objects + seen.objects, before.others + seen.others, before.times + 1, seen.numbers
+                    )
                 else:
-                    found.extra[name] = document.value(MAX_COLUMN)
+                    value = document.value(MAX_BESIDE)
+                    if not isinstance(value, dict | str):
+                        found.extra[name] = value
         if document.peek():
             raise document.broken("it goes on after its end")
-    rows = [name for name, (objects, others) in lists.items() if objects and not others]
+    rows = [name for name, seen in lists.items() if seen.objects and not seen.others]
     if "log_history" in lists:
         found.key = "log_history"
     elif len(rows) == 1:
         found.key = rows[0]
     if found.key is not None:
-        found.others = lists[found.key][1]
-    elif columns and len({len(v) for v in columns.values()}) == 1 and len(next(iter(columns.values()))) >= 2:
-        found.columns = [dict(zip(columns, cells)) for cells in zip(*columns.values())]
+        found.others, found.times = lists[found.key].others, lists[found.key].times
+    elif (
+        "" not in lists
+        and {(seen.objects, min(seen.others, 2)) for seen in lists.values()} == {(0, 2)}
+        and _as_long(lists.values())
+    ):
+        if room == 0:
+            raise UnreadableLog(f"{path}: holds lists of more than {MAX_NUMBERS} numbers; give them as CSV.")
+        found.columns = {name: seen.numbers for name, seen in lists.items()}
     return found
 
 
-def _count_objects(document: _Reader, numbers: list[Any]) -> tuple[int, int]:
-    """How many objects and how many other entries the list holds that comes next; the others go into `numbers`."""
-    objects = others = 0
+@dataclass
+class _List:
+    """What a list of a document holds: how many objects and other entries, and the first of the latter.
+
+    times: how often its name stands there.
+    """
+
+    objects: int = 0
+    others: int = 0
+    times: int = 0
+    numbers: list[Any] = field(default_factory=list)
+
+
+def _as_long(lists: Iterable[_List]) -> bool:
+    return len({seen.others for seen in lists}) == 1
+
+
+def _list(document: _Reader, room: int) -> _List:
+    """The list that comes next; of its entries that are no objects, `room` are kept."""
+    found = _List(times=1)
     for value in document.elements():
         if isinstance(value, dict):
-            objects += 1
-        else:
-            others += 1
-            numbers.append(value)
-    return objects, others
+            found.objects += 1
+            continue
+        found.others += 1
+        if len(found.numbers) < room:
+            found.numbers.append(value)
+    return found
 
 
 def document_rows(path: Path, key: str) -> Iterator[Row]:
@@ -300,7 +369,7 @@ def document_rows(path: Path, key: str) -> Iterator[Row]:
             yield from (flatten(value) for value in document.elements() if isinstance(value, dict))
             return
         for name in document.members():
-            if name == key:
+            if name == key and document.peek() == "[":
                 yield from (flatten(value) for value in document.elements() if isinstance(value, dict))
-                return
-            document.value(MAX_COLUMN)
+            else:
+                document.skip()

@@ -205,11 +205,13 @@ def plan(raw_names: Iterable[str], family: Family, step: str | None) -> dict[str
     taken = {column.name for column in columns.values() if column.kind == "signal"}
     for raw in raw_names:
         if raw not in columns:
-            own = tidied[raw] if tidied[raw] not in taken else raw
+            own = tidied[raw][:MAX_TEXT] if tidied[raw][:MAX_TEXT] not in taken else raw[:MAX_TEXT]
+            again = 1
             while own in taken:
-                own += "_again"
+                end = "_again" if again == 1 else f"_again_{again}"
+                own = raw[: MAX_TEXT - len(end)] + end
+                again += 1
             taken.add(own)
-            own = own[:MAX_TEXT]
             columns[raw] = Column(raw, "signal", own, 1.0, is_evaluation(own))
     return {raw: columns[raw] for raw in raw_names}
 
@@ -250,7 +252,7 @@ def translate(name: str, family: Family, names: set[str]) -> tuple[str | None, i
     if name.lower() in COMMON:
         return COMMON[name.lower()], 100 + list(COMMON).index(name.lower())
     bare = name.removeprefix("rewards/")
-    if bare != name and "/" not in bare and "reward" in names | {n.removeprefix("train/") for n in names}:
+    if bare != name and "/" not in bare and ("reward" in names or "train/reward" in names):
         return f"rewards/{bare}/mean", 500  # TRL before 0.17: `rewards/<function>` was the mean
     if bare != name and "/" not in bare and "eval_reward" in names:
         return f"rewards/{bare}/mean", 500

@@ -45,11 +45,11 @@ def to_observation(record: dict[str, Any]) -> Observation | None:
     raw: dict[str, Any] = {}
     nonfinite = record.get("nonfinite")
     for name, value in _mapping(record.get("signals")).items():
-        raw[name] = value
+        raw[name[:MAX_TEXT]] = value
     for name, what in _mapping(nonfinite).items():
-        raw[name] = float(what) if what in ("nan", "inf", "-inf") else float("nan")
+        raw[name[:MAX_TEXT]] = float(what) if what in ("nan", "inf", "-inf") else float("nan")
     seen = Observation.from_raw(int(step), raw, as_number(record.get("time")), as_number(record.get("epoch")))
-    unreadable = {str(k): str(v)[:MAX_TEXT] for k, v in _mapping(record.get("unreadable")).items()}
+    unreadable = {k[:MAX_TEXT]: str(v)[:MAX_TEXT] for k, v in _mapping(record.get("unreadable")).items()}
     return Observation(
         seen.step, seen.signals, seen.nonfinite, {**seen.unreadable, **unreadable}, seen.time, seen.epoch
     )
