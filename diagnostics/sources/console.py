@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -399,11 +399,15 @@ def _dict_after(prefix: str) -> Callable[[str], Iterator[Row | None]]:
     head = re.compile(prefix)
 
     def parse(text: str) -> Iterator[Row | None]:
+        tries = 0
         for found in head.finditer(text):
+            if tries >= MAX_TRIES:
+                return
             if not text.startswith("{", found.end()):
                 continue
             row, _, complete = _read_dict(text, found.end())
             whole = complete and any(_is_number(value) for value in row.values())
+            tries += not whole
             yield {"step": int(found.group(1)), **row} if whole else None
 
     return parse
@@ -415,10 +419,12 @@ _VERL_VALUE = re.compile(rf"(?:np\.\w+\()?({_NUMBER}|True|False|None)\)?(?=\s|\(
 
 def _verl_rows(text: str) -> Iterator[Row | None]:
     """`step:3 - actor/pg_loss:0.1 - critic/score/mean:np.float64(0.5)`, anywhere in a line."""
-    for found in _VERL_STEP.finditer(text):
+    heads = list(_VERL_STEP.finditer(text))
+    for found, following in zip_longest(heads, heads[1:]):
         row: Row = {"step": int(found.group(1))}
         whole = True
-        cells = text[found.end() :].split(" - ")
+        end = len(text) if following is None else following.start()
+        cells = text[found.end() : end].split(" - ")
         for i, cell in enumerate(cells, 1):
             name, _, word = cell.rpartition(":")
             value = _value(word)
@@ -668,7 +674,7 @@ def _bar_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
         if "=" not in text or "/" not in text:
             continue
         for found in _BAR.finditer(text):
-            label = re.sub(r"\d+(?:\.\d+)?%?|\|.*", "", text[: found.start(1)][-200:]).strip()
+            label = re.sub(r"\d+(?:\.\d+)?%?|\|.*", "", text[max(0, found.start(1) - 200) : found.start(1)]).strip()
             pairs = list(_BAR_PAIR.finditer(found.group(3)))
             cells = {name.strip() + (" (%)" if percent else ""): _figure(n) for name, n, percent in _groups(pairs)}
             whole = sum(len(pair.group()) for pair in pairs) == len(found.group(3))
