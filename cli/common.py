@@ -32,8 +32,10 @@ def print_json(document: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Tell a person something beside the answer."""
-    sys.stderr.write(f"[outspoken] note: {text}\n")
+    """Tell a person something beside the answer. What it names may come from a log, so it is escaped."""
+    from outspoken.diagnostics.sinks import escaped
+
+    sys.stderr.write(f"[outspoken] note: {escaped(text, 2000)}\n")
 
 
 @contextlib.contextmanager

@@ -79,7 +79,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     source = report["source"]
     steps = f"steps {source['first_step']} to {source['last_step']}"
     say(
-        f"{escaped(source['path'])}: {source['format']}, {source['rows']} rows, {steps}, method {report['method']}",
+        f"{escaped(source['path'])}: {source['format']}, {source['rows']} rows, {steps}, "
+        f"method {escaped(report['method'], 80)}",
     )
     for text in source["notes"]:
         say(f"  note: {escaped(text)}", "dim")
@@ -94,7 +95,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     if not report["diagnostics"]:
         say("No diagnostic fired.")
     else:
-        say(f"Details: outspoken explain {report['diagnostics'][0]['code']}", "dim")
+        say(f"Details: outspoken explain {escaped(report['diagnostics'][0].get('code'), 20)}", "dim")
     reasons: dict[str, list[str]] = {}
     for missing in report["not_checked"]:
         reasons.setdefault(str(missing["reason"]), []).append(str(missing["code"]))
@@ -112,14 +113,14 @@ def _print_verdict(verdict: Mapping[str, Any]) -> None:
 
     from outspoken.diagnostics.sinks import escaped
 
-    state = str(verdict.get("state"))
+    state = escaped(verdict.get("state"), 40)
     style = "bold red" if state in BAD_VERDICTS else "bold green" if state in ("improving", "converged") else "bold"
     table = Table.grid(padding=(0, 2))
-    since = f", since step {verdict['since_step']}" if verdict.get("since_step") else ""
-    table.add_row("verdict", Text.assemble((state, style), f" ({verdict.get('confidence')}{since})"))
+    since = f", since step {escaped(verdict['since_step'], 20)}" if verdict.get("since_step") else ""
+    table.add_row("verdict", Text.assemble((state, style), f" ({escaped(verdict.get('confidence'), 20)}{since})"))
     table.add_row("because", Text(escaped(verdict.get("reason", ""))))
     if verdict.get("runner_up"):
-        table.add_row("otherwise", Text(str(verdict["runner_up"])))
+        table.add_row("otherwise", Text(escaped(verdict["runner_up"])))
     if verdict.get("would_change"):
         table.add_row("changes if", Text(escaped(verdict["would_change"])))
     show(table)

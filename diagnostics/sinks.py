@@ -89,10 +89,10 @@ def value_text(value: Any) -> str:
 
 def transition_line(record: Mapping[str, Any], still: bool = False) -> str:
     """One line about a diagnostic, without prefix: `WARNING RL016 step 210: message advice`."""
-    code, step, state = escaped(record.get("code"), 20), record.get("step"), record.get("state")
+    code, step, state = escaped(record.get("code"), 20), escaped(record.get("step"), 20), record.get("state")
     if state == "resolved":
         since = record.get("fired_step")
-        fired = f", which fired at step {since}," if since is not None else ""
+        fired = f", which fired at step {escaped(since, 20)}," if since is not None else ""
         return f"RESOLVED {code} step {step}: {escaped(record.get('name'), 80)}{fired} is over."
     said = f"{escaped(record.get('message', ''))} {escaped(record.get('advice', ''))}".strip()
     if state in ("suppressed", "unknown"):
@@ -102,7 +102,7 @@ def transition_line(record: Mapping[str, Any], still: bool = False) -> str:
         said = f"(not for long enough to be sure) {said}"
     elif still:
         said = f"(still) {said}"
-    return f"{str(record.get('severity', 'info')).upper()} {code} step {step}: {said}"
+    return f"{escaped(record.get('severity', 'info'), 20).upper()} {code} step {step}: {said}"
 
 
 def change_line(record: Mapping[str, Any]) -> str:
@@ -125,7 +125,8 @@ def change_line(record: Mapping[str, Any]) -> str:
 def verdict_line(record: Mapping[str, Any]) -> str:
     """One line about the run's state: `VERDICT improving (medium) step 120: reason`."""
     state, confidence = escaped(record.get("state"), 40), escaped(record.get("confidence"), 20)
-    return f"VERDICT {state} ({confidence}) step {record.get('step')}: {escaped(record.get('reason', ''))}"
+    step = escaped(record.get("step"), 20)
+    return f"VERDICT {state} ({confidence}) step {step}: {escaped(record.get('reason', ''))}"
 
 
 # ---------------------------------------------------------------------- for people
