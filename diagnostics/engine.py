@@ -220,7 +220,8 @@ class Engine:
             if name in view.nonfinite or len(view.nonfinite) < MAX_SIGNALS:
                 steps = view.nonfinite.setdefault(name, [])
                 steps.append(step)
-                del steps[:-NONFINITE_KEPT]
+                if len(steps) > NONFINITE_KEPT:  # the first of the segment stays: it tells since when
+                    del steps[steps[0] >= view.segment_start]
         if observation.unreadable and len(view.unreadable) < MAX_SIGNALS:
             view.unreadable.update(observation.unreadable)
 

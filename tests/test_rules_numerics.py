@@ -97,6 +97,21 @@ def test_nan_loss_fires_at_once_and_says_where_to_resume():
     assert record["evidence"][0]["value"] is None and record["evidence"][0]["baseline"] == 2.0
 
 
+@pytest.mark.parametrize("code, row", [("NUM001", {"loss": NAN}), ("NUM002", {"loss": 0.0, "grad_norm": NAN})])
+def test_a_run_that_stays_nan_is_resumed_from_before_the_first(code, row):
+    # Far more bad steps than are remembered one by one: 21 to 520.
+    engine, _ = watch(code, [*steady(20, grad_norm=1.0), *[row] * 500])
+    assert "from a checkpoint before step 21, " in engine.diagnostics()[code]["advice"]
+
+
+def test_a_new_segment_forgets_the_bad_steps_of_the_one_before():
+    engine, _ = watch("NUM001", [*steady(20), *[{"loss": NAN}] * 100])
+    engine.open_segment(121, "resumed")
+    for step in range(121, 301):  # good until 200
+        engine.observe(Observation.from_raw(step, {"loss": 1.0 if step <= 200 else NAN}))
+    assert "from a checkpoint before step 201, " in engine.diagnostics()["NUM001"]["advice"]
+
+
 def test_nan_loss_at_the_very_first_step_without_config_gives_words_only():
     _, records = watch("NUM001", [{"loss": math.inf}], config={}, source="log")
     (record,) = fired(records)

@@ -257,6 +257,31 @@ def test_one_row_is_enough_to_tell_a_specific_style(style):
     assert same(rows, expected[:1])
 
 
+PRINTED = {
+    "step 1 loss 1.9531 grad_norm 1.594": {"step": 1, "loss": 1.9531, "grad_norm": 1.594},
+    "step 4 loss 2.3 tokens 1,024,000 dt 0.1s": {"step": 4, "loss": 2.3, "tokens": 1024000, "dt (s)": 0.1},
+    "step=10,loss=2.3,lr=1e-4": {"step": 10, "loss": 2.3, "lr": 1e-4},
+    "Step 0/500 | train loss: 2.8 | val loss: 2.9 | 0.8s/it": {"step": 0, "train loss": 2.8, "val loss": 2.9},
+    "step 5: loss 2.3 | ETA 0:10:03 | 12.3k tok/s": {"step": 5, "loss": 2.3},
+    "2026-01-01 12:00:01 INFO [train.py:33] [20/500] loss=1.9, lr=1e-4": {"step": 20, "loss": 1.9, "lr": 1e-4},
+    "Train Epoch: 1 [640/60000 (1%)]\tLoss: 2.301": {"step": 640, "epoch": 1, "Loss": 2.301},
+    "epoch 1 batch 20 loss 2.3": {"step": 20, "epoch": 1, "loss": 2.3},
+    "Loss: 2.31 | lr: 1e-4 | Step: 10": {"step": 10, "Loss": 2.31, "lr": 1e-4},
+    "step 3 loss tensor(2.25, device='cuda:0', grad_fn=<NllLossBackward0>) lr 0.1": {
+        "step": 3,
+        "loss": 2.25,
+        "lr": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("line", PRINTED)
+def test_what_home_made_loops_print(line):
+    style, rows, _ = read_text(f"{line}\n" * 2)
+    assert style == "pairs"
+    assert same(rows, [PRINTED[line]] * 2)
+
+
 def test_steps_that_begin_anew_in_each_epoch_count_on():
     text = "".join(
         f"Epoch {epoch}/3 | Step {step}/100 | loss {1 / epoch}\n" for epoch in (1, 2, 3) for step in (50, 100)
@@ -505,6 +530,8 @@ NOTHING = {
     "table of no run": "name\tsize\tscore\na.bin\t10\t0.5\nb.bin\t20\t0.5\n",
     "yaml": "train:\n  epochs: 3\n  step: 10\n  loss: dpo\n  lr: 1e-5\n",
     "python": "for step in range(10):\n    loss = model(batch)\n    print(f'step {step} | loss {loss}')\n",
+    "shards": "[1/3] Loading shard, loss 3\n[2/3] Loading shard, loss 3\n",
+    "said": "Step 10, saving the model with loss 2.3\nStep 20, saving the model with loss 2.2\n",
     "empty": "\n\n\n",
 }
 

@@ -794,22 +794,33 @@ _STEP_WORD = re.compile(
 _EPOCH_WORD = re.compile(
     r"(?<![\w/.-])epoch\b\s*[:=#]?\s*\[?\s*(\d{1,9}(?:\.\d+)?)(?:\s*(?:/|of)\s*\d[\d.]*)?\]?(?![\w%])", re.IGNORECASE
 )
+# What a loop that names no step counts: `[20/500]`, or the batch of an epoch.
+_COUNTER = re.compile(r"(?<![^\s\])])\[\s*(\d[\d,]{0,15})\s*/\s*(\d[\d,]{0,15})(?:\s*\(\d+(?:\.\d+)?%\))?\s*\]")
+_BATCH_WORD = re.compile(_STEP_WORD.pattern.replace("step|iter|iteration|update", "batch"), re.IGNORECASE)
 _UNITS = (
-    r"ms|s|sec|secs|seconds|min|mins|h|%|GiB|GB|MiB|MB|tok/s|toks/s|tokens/s|tokens/sec|tokens|samples/s|it/s|steps/s"
-    r"|TFLOPS|TFLOP/s|k|M"
+    r"ms|s|sec|secs|seconds|min|mins|h|%|GiB|GB|MiB|MB|tok/s|toks/s|tokens/s|tokens/sec|tokens|samples/s|samples/sec"
+    r"|it/s|it/sec|s/it|steps/s|s/step|ms/step|TFLOPS|TFLOP/s|k|M"
 )
 _NAME = r"[A-Za-z_][\w/.@%#-]*"
 _MARKED = re.compile(
     rf"({_NAME}(?: [A-Za-z_(][\w/.@()%#-]*){{0,4}})[:=](?:({_NUMBER})(?: ?({_UNITS}))?|(n/a|None|-))(?: ?\([^()]*\))?"
     r"(?=\s|$)\s*"
 )
-_SPACED = re.compile(rf"({_NAME}(?: {_NAME})?) +({_NUMBER})(?: ?({_UNITS}))?(?: ?\([^()]*\))?")
+_SPACED = re.compile(
+    rf"({_NAME}(?: {_NAME})?) +({_NUMBER})(?: ?({_UNITS})(?!\s+[-+.\d]))?(?: ?\([^()]*\))?(?=\s|$)\s*"
+)
+# A speed or a time without a name: `0.8s/it`, `00:12:03`, `ETA 3:20`.
+_UNNAMED = re.compile(
+    rf"(?:{_NUMBER})[kM]? ?(?:{_UNITS})|(?:(?:eta|elapsed|remaining|time)[: ] ?)?\d{{1,3}}(?::\d\d){{1,2}}",
+    re.IGNORECASE,
+)
+_TENSOR = re.compile(rf"\btensor\(\s*({_NUMBER})\s*(?:,[^()]*)?\)")
 _MARKS = re.compile(r"[ \t]{0,8}([:=])[ \t]*")
-_FIELDS = re.compile(r"\s*[|;]\s*|,\s+|,$|\s{2,}|\t|\s+[-–]\s+")
+_FIELDS = re.compile(r"\s*[|;]\s*|,\s+|,$|,(?=[A-Za-z_])|\s{2,}|\t|\s+[-–]\s+")
 
 
 def _pair_rows(segments: Segments, tally: _Tally) -> Iterator[Row]:
-    """`step 100 | loss 2.31 | lr 1e-4`, `Epoch 1/3 Step 20: loss=0.5, acc=0.9`: only where all after the step is pairs.
+    """`step 100 | loss 2.31 | lr 1e-4`, `[20/500] loss=0.5, acc=0.9`: only where all beside the step is pairs.
 
     Steps that begin anew in each epoch count on.
     """
@@ -837,7 +848,10 @@ def _pairs(text: str) -> tuple[Row, int | None] | None:
     """The row of a line, and how many steps it says there are; None if it is not made of pairs."""
     if len(text) > 5_000:
         return None
-    step, epoch = _STEP_WORD.search(text), _EPOCH_WORD.search(text)
+    if "tensor(" in text:
+        text = _TENSOR.sub(r"\1", text)
+    step = _STEP_WORD.search(text) or _COUNTER.search(text) or _BATCH_WORD.search(text)
+    epoch = _EPOCH_WORD.search(text)
     began = step or epoch
     if began is None:
         return None
@@ -852,9 +866,10 @@ def _pairs(text: str) -> tuple[Row, int | None] | None:
     ):
         row["epoch"] = _value(epoch.group(1))
         end = max(end, epoch.end())
-    rest = _MARKS.sub(r"\1", text[end:]).strip(" \t:|,;-–>)]}")
+    if (rest := _plain(text[end:])) == "":
+        rest = _plain(_bare(text[: began.start()]))  # the step stands last
     for piece in _FIELDS.split(rest):
-        if not piece:
+        if not piece or _UNNAMED.fullmatch(piece):
             continue
         for name, number, unit in _pairs_of(piece):
             if name in row or not name:
@@ -864,20 +879,21 @@ def _pairs(text: str) -> tuple[Row, int | None] | None:
     return (row, total) if _measures(row) else None
 
 
+def _plain(text: str) -> str:
+    """Fields of names and values, without blanks around `:` and `=`."""
+    return _MARKS.sub(r"\1", text).strip(" \t:|,;-–>([{}])")
+
+
 def _pairs_of(piece: str) -> Iterator[tuple[str, str | None, str | None]]:
     """(name, number, unit) of each pair in a field; an empty name where it is not made of pairs."""
-    spaced = _SPACED.fullmatch(piece)
-    if spaced is not None:
-        yield spaced.group(1), spaced.group(2), spaced.group(3)
-        return
     at = 0
     while at < len(piece):
-        marked = _MARKED.match(piece, at)
-        if marked is None:
+        pair = _MARKED.match(piece, at) or _SPACED.match(piece, at)
+        if pair is None:
             yield "", None, None
             return
-        yield marked.group(1), marked.group(2), marked.group(3)
-        at = marked.end()
+        yield pair.group(1), pair.group(2), pair.group(3)
+        at = pair.end()
 
 
 # Most specific first.

@@ -1,13 +1,16 @@
 """Which log of a directory to read."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 
 from outspoken.diagnostics.sources import mlflow_files, wandb_files
 from outspoken.diagnostics.sources.files import UnreadableLog
 
 MAX_ENTRIES = 20_000  # of a directory tree that is looked through
+MAX_DEPTH = 8  # folders below it
 OTHERS_SHOWN = 5
 
 # What to look for, best first: what is written once per logged step and loses nothing comes first. Of several matches
@@ -52,6 +55,7 @@ _NOT_LOGS = (
     "timing_spans",
     "trace_",
 )
+_NOT_RUNS = ("node_modules", "site-packages", "__pycache__")
 
 
 def find_log(directory: Path, notes: list[str]) -> Path:
@@ -65,28 +69,54 @@ def find_log(directory: Path, notes: list[str]) -> Path:
     found: list[Path] = []
     for pattern in _PATTERNS:
         matches = sorted(_matches(directory, pattern), key=_newness, reverse=True)
-        if matches:
+        if matches and "tfevents" in pattern:
             # Event files are read together: a run that was resumed has several folders.
-            place = directory / "runs" if pattern.startswith("runs/") else directory
-            found.append(place if "tfevents" in pattern else matches[0])
-    found = list(dict.fromkeys(found))
+            found.append(directory / "runs" if pattern.startswith("runs/") else directory)
+        else:
+            found.extend(matches[:1] if pattern.startswith("checkpoint-") else matches)
+    once: dict[Path, Path] = {}  # wandb/latest-run is a link
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    found = list(once.values())
     if not found:
         raise UnreadableLog(f"{directory}: holds no log of a usual name; give the file itself.")
     if len(found) > 1:
         names = [str(path.relative_to(directory)) for path in found[1:] if path != directory]
         if names and found[0] != directory:
-            shown = ", ".join(names[:OTHERS_SHOWN]) + (" …" if len(names) > OTHERS_SHOWN else "")
+            more = len(names) - OTHERS_SHOWN
+            shown = ", ".join(names[:OTHERS_SHOWN]) + (f" and {more} more" if more > 0 else "")
             notes.append(f"Read {found[0].relative_to(directory)}; also there: {shown}.")
     return found[0]
 
 
 def _matches(directory: Path, pattern: str) -> Iterator[Path]:
-    for looked_at, path in enumerate(directory.glob(pattern)):
+    try:
+        for path in islice(_glob(directory, pattern), MAX_ENTRIES):
+            if not path.name.startswith(_NOT_LOGS) and _size(path) > 0:
+                yield path
+    except OSError:  # a folder that went away, or that may not be read
+        return
+
+
+def _glob(directory: Path, pattern: str) -> Iterable[Path]:
+    """As `Path.glob`, but a `**` looks at so many entries at most, and not into what belongs to no run."""
+    start, deep, name = pattern.partition("**/")
+    if not deep:
+        return directory.glob(pattern)
+    starts = directory.glob(start) if start else [directory]
+    return (path for folder in starts for path in _below(folder) if fnmatch(path.name, name))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    looked_at, depth = 0, len(folder.parts)
+    for place, folders, files in os.walk(folder):
+        looked_at += len(folders) + len(files)
         if looked_at > MAX_ENTRIES:
             return
-        name = path.name
-        if not any(name.startswith(word) for word in _NOT_LOGS) and _size(path) > 0:
-            yield path
+        here = Path(place)
+        far = len(here.parts) - depth >= MAX_DEPTH
+        folders[:] = [] if far else sorted(f for f in folders if not f.startswith(".") and f not in _NOT_RUNS)
+        yield from (here / name for name in files)
 
 
 def _size(path: Path) -> int:
