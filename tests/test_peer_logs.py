@@ -382,13 +382,32 @@ def test_a_loss_that_is_not_a_number_breaks_the_run(path, step):
 # ---------------------------------------------------------------------- directories, and settings beside the log
 
 
+def test_the_files_of_two_processes_are_one_run():
+    """The orchestrator knows the rewards, the trainer the losses; both write `time/step`, at paces of their own."""
+    both = read(LOGS / "prime_rl")
+    parts = [read(LOGS / "prime_rl" / name / "metrics.jsonl") for name in ("orchestrator", "trainer")]
+    assert both.family == "prime_rl" and both.method == "grpo" and len(both.segments) == 1
+    assert len(both.rows) == sum(len(part.rows) for part in parts)
+    assert both.account.balanced and both.account.cells == sum(part.account.cells for part in parts)
+    assert set(both.signals) == {name for part in parts for name in part.signals}
+    for i, observation in enumerate(both.observations):
+        halves = [part.observations[i] for part in parts]
+        assert {o.step for o in halves} == {observation.step}
+        for half in halves:
+            shared = {"time/step", "time/save"} & observation.signals.keys()
+            assert {k: v for k, v in half.signals.items() if k not in shared and not k.endswith("#n")}.items() <= (
+                observation.signals.items()
+            )
+    assert {"reward", "grad_norm"} <= both.observations[0].signals.keys()
+
+
 @pytest.mark.parametrize(
     ("directory", "chosen"),
     [
         ("tinker/rl", "metrics.jsonl"),
         ("torchtune/dpo", "log_1700000000.txt"),
         ("lightning", "lightning_logs/version_0/metrics.csv"),
-        ("prime_rl", "orchestrator/metrics.jsonl"),
+        ("prime_rl", ""),
         ("llama_factory", "trainer_state.json"),
         ("transformers", "trainer_state.json"),
         ("open_instruct", "history.csv"),

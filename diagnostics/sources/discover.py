@@ -8,6 +8,7 @@ from pathlib import Path
 
 from outspoken.diagnostics.sources import mlflow_files, wandb_files
 from outspoken.diagnostics.sources.files import UnreadableLog
+from outspoken.diagnostics.sources.formats import process_files
 
 MAX_ENTRIES = 20_000  # of a directory tree that is looked through
 MAX_DEPTH = 8  # folders below it
@@ -65,6 +66,8 @@ def find_log(directory: Path, notes: list[str]) -> Path:
         UnreadableLog: there is none.
     """
     if wandb_files.is_wandb_directory(directory) or mlflow_files.is_mlflow(directory):
+        return directory
+    if len(process_files(directory)) > 1:
         return directory
     found: list[Path] = []
     for pattern in _PATTERNS:

@@ -3,18 +3,21 @@
 A row is a dict of what stood there, in order. Nothing is judged here.
 """
 
-from collections.abc import Callable, Iterator
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from outspoken.diagnostics.records import as_number
 from outspoken.diagnostics.sources import console, mlflow_files, notebook, tensorboard, wandb_files
 from outspoken.diagnostics.sources.again import Again
 from outspoken.diagnostics.sources.bounded import bounded, weight
 from outspoken.diagnostics.sources.config import method_in_text
 from outspoken.diagnostics.sources.csv_rows import csv_rows, delimiter_of
-from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, head_of, lines_of, text_of
+from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, head_of, lines_of, listed, text_of
 from outspoken.diagnostics.sources.json_rows import Document, Lines, document_rows, line_rows, loads, scan
 
 CONTAINERS = ("trainer_state", "jsonl", "json", "csv", "console", "notebook", "tensorboard", "wandb", "mlflow")
@@ -58,7 +61,9 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
     met = Lines()
     style = named = None
     make: Callable[[list[str]], Iterator[Row]]
-    if kind == "jsonl":
+    if kind == "jsonl" and path.is_dir():
+        make = partial(_processes_rows, process_files(path), met=met)
+    elif kind == "jsonl":
         make = partial(line_rows, path, met=met)
     elif kind == "csv":
         make = partial(csv_rows, path)
@@ -82,6 +87,19 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
 
 def _console_rows(path: Path, style: str, notes: list[str]) -> Iterator[Row]:
     return console.rows(lines_of(path, notes, strict=False), style, path, notes)
+
+
+def _processes_rows(paths: Sequence[Path], notes: list[str], met: Lines) -> Iterator[Row]:
+    """The rows of files that the processes of one run write, in the order of their times."""
+    notes.append(
+        f"{listed([f'{path.parent.name}/{path.name}' for path in paths])} are of one run and were read together."
+    )
+    return heapq.merge(*(line_rows(path, notes, met) for path in paths), key=_moment)
+
+
+def _moment(row: Row) -> float:
+    time = as_number(row.get("time"))
+    return -math.inf if time is None or time != time else time
 
 
 def _again(path: Path, make: Callable[[list[str]], Iterator[Row]], notes: list[str]) -> Again[Row]:
@@ -122,9 +140,17 @@ def _document(path: Path, kind: str) -> RawLog:
 # ---------------------------------------------------------------------- which container
 
 
+def process_files(directory: Path) -> list[Path]:
+    """The files that PRIME-RL's processes write side by side."""
+    places = (directory / name / "metrics.jsonl" for name in ("orchestrator", "trainer"))
+    return [path for path in places if path.is_file()]
+
+
 def _kind(path: Path, container: str | None) -> tuple[str, bytes]:
     """The container and, of a text file, its head."""
     if path.is_dir():
+        if container in (None, "jsonl") and len(process_files(path)) > 1:
+            return "jsonl", b""
         if container is not None and container not in ("mlflow", "wandb", "tensorboard"):
             raise UnreadableLog(f"{path}: is a directory, and {container} is a file; give the file itself.")
         for kind, holds in (
