@@ -3,13 +3,15 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 # Exit codes
 FINE, BAD, CANNOT_JUDGE = 0, 1, 2
+
+NOTES_SHOWN = 8  # to a person, of those on a log
 
 BAD_VERDICTS = ("broken", "collapsing", "over_optimising", "stalled_no_signal")
 
@@ -36,6 +38,14 @@ def note(text: str) -> None:
     from outspoken.diagnostics.sinks import escaped
 
     sys.stderr.write(f"[outspoken] note: {escaped(text, 2000)}\n")
+
+
+def most_important(notes: Sequence[str], shown: int = NOTES_SHOWN) -> list[str]:
+    """The first notes on a log, and where the others are to be found: what single names mean stands last."""
+    more = len(notes) - shown
+    if more <= 1:
+        return list(notes)
+    return [*notes[:shown], f"{more} further notes, most on what single names mean: outspoken diagnose PATH --json."]
 
 
 @contextlib.contextmanager

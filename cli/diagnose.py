@@ -12,6 +12,7 @@ from outspoken.cli.common import (
     CommandError,
     JsonFlag,
     is_bad,
+    most_important,
     parameters,
     print_json,
     say,
@@ -82,7 +83,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         f"{escaped(source['path'])}: {source['format']}, {source['rows']} rows, {steps}, "
         f"method {escaped(report['method'], 80)}",
     )
-    for text in source["notes"]:
+    for text in most_important(source["notes"]):
         say(f"  note: {escaped(text)}", "dim")
     say()
     _print_verdict(report["verdict"])

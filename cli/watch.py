@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from outspoken.cli.common import BAD, CANNOT_JUDGE, FINE, CommandError, is_bad, note, parameters, print_json
+from outspoken.cli.common import (
+    BAD,
+    CANNOT_JUDGE,
+    FINE,
+    CommandError,
+    is_bad,
+    most_important,
+    note,
+    parameters,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from outspoken.agent_api.run import Run
@@ -126,7 +136,7 @@ def _watch_log(
                 transitions = []
             if follower.run and len(follower.run.observations) != fed:
                 quiet_since = time.monotonic()
-            for text in follower.notes:
+            for text in most_important(follower.notes):
                 note(text)
             follower.notes = []
             for transition in transitions:

@@ -15,6 +15,7 @@ from outspoken.diagnostics.engine import Engine
 from outspoken.diagnostics.records import SEVERITIES
 from outspoken.diagnostics.rules.registry import ANY_METHOD
 from outspoken.diagnostics.sources import LoggedRun, UnreadableLog, read, read_config
+from outspoken.diagnostics.sources.files import listed
 from outspoken.diagnostics.sources.own import find_run_directory
 
 SCHEMA = "outspoken.report/1"
@@ -89,7 +90,7 @@ def replayed(
     engine.finish()
     notes = []
     if not run.config_known:
-        notes.append("The settings of the run are not known; rules that need them could not judge. Give --config.")
+        notes.append(_on_settings(run.config))
     notes.extend(f"Rule {code} failed: {why}" for code, why in engine.failed_rules().items())
     return _report(
         source={
@@ -109,6 +110,13 @@ def replayed(
         not_checked=engine.not_checked(),
         notes=notes,
     )
+
+
+def _on_settings(known: Mapping[str, Any]) -> str:
+    names = sorted(known.keys() - {"points_per_log"})
+    if not names:
+        return "The settings of the run are not known; what depends on them was not judged. Give --config."
+    return f"Of the run's settings only {listed(names, 6)} are known; what depends on others was not judged. Give --config."
 
 
 def engine_for(

@@ -208,7 +208,7 @@ class RunView:
         self.segment_points = 0
         self.total_steps: int | None = None
         self.rings: dict[str, Ring] = {}
-        self.nonfinite: dict[str, list[int]] = {}  # signal -> first and newest steps of the segment at which it was not finite
+        self.nonfinite: dict[str, list[int]] = {}  # signal -> steps at which it was not finite: first, newest
         self.nonfinite_now: Mapping[str, str] = {}
         self.unreadable: dict[str, str] = {}
         self.is_firing = False  # whether the rule now evaluated fires already: it may use its easier, clearing limit

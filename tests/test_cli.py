@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -267,6 +268,21 @@ def test_gate(cli, writer, run_dir, verdict, code, word):
     got, out, _ = cli("gate", run_dir, "--json")
     document = json.loads(out)
     assert got == document["exit_code"] == code and document["verdict"] == verdict and "error" not in document
+
+
+def test_a_person_gets_the_first_notes_and_a_program_all(cli):
+    log = Path(__file__).parent / "peer_logs" / "verl" / "gsm8k.jsonl"
+    notes = json.loads(cli("diagnose", log, "--json")[1])["source"]["notes"]
+    _, out, _ = cli("diagnose", log)
+    shown = [line.removeprefix("  note: ") for line in out.splitlines() if line.startswith("  note: ")]
+    assert len(notes) > 10 and shown[:8] == notes[:8] and len(shown) == 9
+    assert shown[8].startswith(f"{len(notes) - 8} further notes")
+    # Of the names with several meanings, those that are judged come first.
+    meanings = [i for i, note in enumerate(notes) if note.startswith(("actor/ppo_kl", "response_length/clip"))]
+    assert notes[meanings[0]].startswith("response_length/clip")
+    # One more line would say as much as the note itself.
+    assert common.most_important(["a", "b", "c"], 2) == ["a", "b", "c"]
+    assert common.most_important(["a", "b", "c", "d"], 2)[:2] == ["a", "b"]
 
 
 def test_gate_options(cli, writer, run_dir):

@@ -73,6 +73,14 @@ def test_a_log_is_replayed_and_the_report_is_valid(tmp_path):
     assert {"code", "name", "reason"} == set(report["not_checked"][0])
 
 
+def test_which_settings_are_known_if_not_all(tmp_path):
+    path = write_rows(tmp_path / "log.jsonl", cut_run())
+    (tmp_path / "hparams.yaml").write_text("learning_rate: 1e-6\nbeta: 0.1\n")
+    assert diagnose(path)["notes"] == [
+        "Of the run's settings only beta, learning_rate are known; what depends on others was not judged. Give --config."
+    ]
+
+
 def test_without_its_settings_the_report_says_so(tmp_path):
     path = write_rows(tmp_path / "log.jsonl", cut_run())
     report = diagnose(path)
@@ -81,9 +89,7 @@ def test_without_its_settings_the_report_says_so(tmp_path):
     assert any("settings of the run are not known" in note for note in report["notes"])
     # 64 completions a step are told from the fractions alone
     assert "RL016" in by_code(report)
-    assert any(
-        "completions/clipped_ratio stands for is not logged: at least 64" in n for n in report["source"]["notes"]
-    )
+    assert any("share is not logged; at least: completions/clipped_ratio 64" in n for n in report["source"]["notes"])
 
 
 def test_a_healthy_log_has_no_alarm(tmp_path):

@@ -402,14 +402,26 @@ def test_an_adapter_and_an_engine_tell_a_part(lay):
     assert not found.complete and found.sources == ["adapter_config.json", "ds_config.json"]
 
 
-def test_a_home_made_configuration_is_not_guessed(lay):
-    raw = {"lr": 1e-3, "batch_size": 32, "temperature": 0.5, "max_length": 77}
+def test_of_a_home_made_configuration_only_what_can_mean_one_thing_is_taken(lay):
+    raw = {"lr": 1e-3, "batch_size": 32, "temperature": 0.5, "max_length": 77, "beta": 0.9, "epochs": 3}
     found = beside.find(lay({"config.yaml": raw}), OTHER)
-    assert not found.settings and not found.complete
-    assert found.notes == [
+    assert found.settings == {"learning_rate": 1e-3, "num_train_epochs": 3} and found.complete and not found.notes
+    unknown = beside.find(lay({"config.yaml": {"batch_size": 32, "max_length": 77}}), OTHER)
+    assert not unknown.settings and not unknown.complete
+    assert unknown.notes == [
         "config.yaml lies beside the log, but none of its names has a meaning that is known here. Give settings by "
         "--config."
     ]
+
+
+def test_the_learning_rate_alone_is_read_and_no_whole_configuration(lay):
+    found = beside.find(lay({"hparams.yaml": {"learning_rate": 1e-2}}), OTHER)
+    assert found.settings == {"learning_rate": 1e-2} and not found.complete
+
+
+def test_settings_handed_over_for_a_home_made_loop():
+    handed = beside.given({"lr": 1e-3, "grad_clip": 1.0, "dropout": 0.1}, OTHER)
+    assert {"learning_rate": 1e-3, "max_grad_norm": 1.0}.items() <= handed.settings.items() and not handed.notes
 
 
 def test_files_that_contradict_one_another_are_not_mixed(lay):
@@ -773,7 +785,11 @@ def test_given_settings_in_a_systems_names_are_translated(tmp_path):
     (note,) = handed.notes
     assert note.startswith(f"The configuration that was given is in veRL's names; {len(handed.settings)} of its ")
     assert (
-        "not understood: " in note and "wandb.mode" in note and "s3cret" not in str(handed) and "api_key" not in note
+        "of no use here: " in note
+        and "adv_estimator" not in note
+        and "wandb.mode" in note
+        and "s3cret" not in str(handed)
+        and "api_key" not in note
     )
 
 

@@ -286,12 +286,35 @@ def test_a_restart_opens_a_segment_and_nothing_is_lost(write):
     assert values(again, "loss") == [9.0, 8.5, 8.0] and len(again.segments) == 2
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_rows_before_the_first_step_are_settings(write, wrapped):
+    told = {"learning_rate": 1e-4, "batch_size": 8, "max_steps": 40, "model": "tiny", "note": 1}
+    rows = [{"config": told} if wrapped else told, *({"step": k, "loss": 1 / (k + 1)} for k in range(20))]
+    run = read(write(rows))
+    assert run.config == {"learning_rate": 1e-4, "max_steps": 40} and run.config_known and run.total_steps == 40
+    assert run.notes[0] == "Settings were read from the log itself."
+    assert not any("tiny" in n or "note" in n or "model" in n for n in run.notes)  # no columns of the run
+
+
+def test_rows_before_the_first_step_that_tell_nothing_are_counted(write):
+    run = read(write([{"host": "a", "pid": 7}, *({"step": k, "loss": 1.0} for k in range(20))]))
+    assert "Before the first step stood 1 row without a setting that is known here." in run.notes
+    assert not run.config_known and run.config == {}
+
+
+def test_a_name_without_its_prefix_needs_no_mention(write):
+    rows = [{"step": k, "train/loss": 1.0, "train/lr": 0.1, "eval/loss": 2.0} for k in range(20)]
+    run = read(write(rows))
+    assert run.signals == ["loss", "learning_rate", "eval_loss"]
+    assert "Read under our names: train/lr as learning_rate." in run.notes
+
+
 def test_identical_rows_count_once(write):
     rows = [r for r in GRPO_ROWS for _ in range(2)]
     run = read(write(rows))
     assert len(run.observations) == 5 and len(run.segments) == 1
     assert run.account.duplicate == 25 and run.account.balanced
-    assert any("5 rows identical" in n for n in run.notes)
+    assert any("just the same were dropped: 5" in n for n in run.notes)
     nan = '{"step": 1, "loss": NaN}\n'
     assert read(write(nan + nan)).account.duplicate == 2
 
@@ -578,7 +601,7 @@ def test_shares_without_their_counts_get_a_lower_bound(write):
     rows = [{"step": k, "reward": 0.1, "reward_std": 0.1, "completions/clipped_ratio": k / 32} for k in range(1, 20)]
     run = read(write(rows))
     assert {o.signals["completions/clipped_ratio#n"] for o in run.observations} == {32.0}
-    assert any("at least 32" in n for n in run.notes) and run.account.balanced
+    assert any("at least: completions/clipped_ratio 32" in n for n in run.notes) and run.account.balanced
     # not where the log or the settings count them
     counted = read(write([{**row, "num_completions": 64} for row in rows]))
     assert not any(name.endswith("#n") for o in counted.observations for name in o.signals)

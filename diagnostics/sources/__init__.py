@@ -8,6 +8,7 @@ trace: `LoggedRun.account` says what became of each cell, `LoggedRun.notes` what
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from outspoken.diagnostics.sources.config import (
     total_steps_of,
 )
 from outspoken.diagnostics.sources.discover import find_log
-from outspoken.diagnostics.sources.files import Row, UnreadableLog
+from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, listed
 from outspoken.diagnostics.sources.formats import CONTAINERS, KEPT_CELLS, RawLog, read_raw
 from outspoken.diagnostics.sources.llama_factory import LLAMA_FACTORY
 from outspoken.diagnostics.sources.names import Column, Family, choose_family
@@ -146,7 +147,8 @@ def read(
     told, reason = _method(family, seen.names, made)
     if told == "unknown" and raw.named is not None:
         told, reason = raw.named, "the text around the metrics names it"
-    found = beside.find(path, family)
+    header = dict(cell for row in islice(raw.rows, made.headers) for cell in row.items())
+    found = beside.find(path, family, header)
     why = beside.contradiction(found.settings, logged, made.top_rate) or _of_other_kind(found.method, told, reason)
     if why is not None:
         found.notes.append(f"Settings beside the log ({', '.join(found.sources)}) are not of this run: {why}.")
@@ -163,21 +165,27 @@ def read(
             told, reason = stated, by
             break
     notes += [*raw.notes, *made.notes, *found.notes, *given.notes]
+    if header and "." not in found.sources:
+        notes.append(
+            f"Before the first step stood {count_of(made.headers, 'row')} without a setting that is known here."
+        )
     if found.sources:
         places = ["the log itself" if source == "." else source for source in found.sources]
         notes.append(f"Settings were read from {', '.join(places)}.")
     if reason != "given":
-        notes.append(f"Taken for {told}: {reason}.")
+        notes.append(_on_method(told, reason))
     if "points_per_log" not in settings and (points := points_per_log(settings)) is not None:
         settings["points_per_log"] = points
     if made.step_axis == "row number":
         total_steps = None  # planned steps are not rows
+    observations = _with_trials(made, told, settings, notes)
+    notes += made.on_names
     return LoggedRun(
         path=str(path),
         format=raw.format,
         family=family.name,
         rows=raw.rows,
-        observations=_with_trials(made, told, settings, notes),
+        observations=observations,
         segments=made.segments,
         account=made.account,
         columns=made.columns,
@@ -205,6 +213,12 @@ def _method(family: Family, names: Mapping[str, Any], made: Assembled) -> tuple[
     return told or infer_method(set(made.signals), made.observations)
 
 
+def _on_method(told: str, reason: str) -> str:
+    said = f"The method is not known: {reason}." if told == "unknown" else f"Taken for {told}: {reason}."
+    unsure = told == "unknown" or "low confidence" in reason
+    return f"{said} Give --method if it is another." if unsure and "--method" not in reason else said
+
+
 # Methods that log alike. Settings of another kind than the log's cannot be of the same run.
 _KINDS = (ONLINE_RL, ("dpo", "kto", "orpo", "cpo", "simpo", "bco"), ("sft", "pretrain", "distillation"), ("reward",))
 
@@ -223,10 +237,10 @@ def _with_trials(made: Assembled, method: str, config: Mapping[str, Any], notes:
     batch = config.get("per_device_train_batch_size")
     floor = max(2 if method in GROUPED_RL else 1, batch if isinstance(batch, int) else 1)
     bounds = bounds_of_trials(made.observations, made.signals, dict(config), floor)
-    for name, bound in bounds.items():
-        notes.append(f"How many trials a point of {name} stands for is not logged: at least {bound}.")
     if not bounds:
         return made.observations
+    least = [f"{name} {bound}" for name, bound in bounds.items()]
+    notes.append(f"How many samples stand behind a share is not logged; at least: {listed(least)}.")
     return Again(lambda: with_trials(made.observations, bounds), weight_of, KEPT_CELLS)
 
 

@@ -4,7 +4,6 @@ Rows are gone through several times and never held together: once to see which c
 once to count, and once for each time that the observations are asked for.
 """
 
-import json
 import math
 from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,17 @@ from outspoken.diagnostics.records import Observation, as_number
 from outspoken.diagnostics.sources.again import Again
 from outspoken.diagnostics.sources.bounded import weight_of
 from outspoken.diagnostics.sources.files import Row, count_of, listed
-from outspoken.diagnostics.sources.names import CLOCKS, STEPS, SUMMARY, Column, Family, is_known, plan, tidy
+from outspoken.diagnostics.sources.names import (
+    CLOCKS,
+    STEPS,
+    SUMMARY,
+    Column,
+    Family,
+    is_known,
+    is_renamed,
+    plan,
+    tidy,
+)
 from outspoken.diagnostics.sources.translate import as_observation, meaning
 
 MAX_RESTARTS = 0.2  # share of rows; with more, the step column does not count steps
@@ -79,7 +88,8 @@ class Assembled:
     Attributes:
         observations: one per step. signals: their names, in order of appearance.
         columns: raw name -> what became of the column. step_axis: the raw name that counts steps, or "row number".
-        summary: the Trainer's closing row. notes: what a reader should know, one sentence each.
+        summary: the Trainer's closing row. notes: what a reader should know, one sentence each; on_names: those on what
+        the names were taken for. headers: rows at the start that describe the run.
         top_rate: the highest learning rate.
     """
 
@@ -90,6 +100,8 @@ class Assembled:
     step_axis: str
     summary: dict[str, Any]
     notes: list[str]
+    on_names: list[str]
+    headers: int
     signals: list[str]
     top_rate: float | None
 
@@ -361,16 +373,16 @@ class _Merger:
             account.value -= repeats.cells - repeats.unreadable
             account.duplicate += repeats.cells
         segments = [Segment(i - (r if filled else 0), step, reason) for i, r, step, reason in starts]
+        columns = self.columns
+        if self.headers:
+            later = {name for name, last in self.seen.names.items() if last >= self.headers}
+            columns = {raw: column for raw, column in columns.items() if raw in later}
         notes = self._notes(tally, segments)
         if filled:
             notes.append(
                 f"{count_of(repeated, 'row')} only repeat the row before (the logger wrote its last values at every "
                 f"step); each measurement was counted once, which leaves {count - repeated}."
             )
-        columns = self.columns
-        if self.headers:
-            later = {name for name, last in self.seen.names.items() if last >= self.headers}
-            columns = {raw: column for raw, column in columns.items() if raw in later}
 
         def observations() -> Iterator[Observation]:
             last: Observation | None = None
@@ -387,6 +399,8 @@ class _Merger:
             step_axis=self.axis or "row number",
             summary=tally.summary,
             notes=notes,
+            on_names=self._notes_on_names(columns, tally),
+            headers=self.headers,
             signals=[name for name in names if not name.endswith("#n")],
             top_rate=top_rate,
         )
@@ -543,27 +557,31 @@ class _Merger:
 
     # ------------------------------------------------------------------ notes
 
-    def _notes(self, tally: _Tally, segments: Sequence[Segment]) -> list[str]:
-        columns, texts, family, account = self.columns, self.texts, self.family, tally.account
-        seen = [c for c in columns.values() if c.kind == "signal" and c.raw not in texts]
+    def _notes_on_names(self, columns: Mapping[str, Column], tally: _Tally) -> list[str]:
+        family = self.family
+        seen = [c for c in columns.values() if c.kind == "signal" and c.raw not in self.texts]
+        texts = sorted(self.texts & columns.keys())
         notes = []
-        renamed = {c.raw: c.name for c in seen if c.raw != c.name}
+        renamed = [f"{c.raw} as {c.name}" for c in seen if is_renamed(c)]
         if renamed:
-            notes.append(
-                "Read under our names: " + listed([f"{raw} as {ours}" for raw, ours in renamed.items()]) + "."
-            )
-        notes.extend(dict.fromkeys(m for c in seen if (m := meaning(c.raw, family)) is not None))
+            notes.append(f"Read under our names: {listed(renamed)}.")
         unknown = [c.name for c in seen if not is_known(c, family) and self.sums.get(c.raw) not in tally.summary]
         if unknown:
             notes.append(f"Kept under their own names, no rule reads them: {listed(unknown)}.")
         if texts:
-            notes.append(f"Text, not metrics: {listed(sorted(texts))}.")
+            notes.append(f"Text, not metrics: {listed(texts)}.")
+        judged_first = sorted(seen, key=lambda c: not is_renamed(c))
+        return notes + list(dict.fromkeys(m for c in judged_first if (m := meaning(c.raw, family)) is not None))
+
+    def _notes(self, tally: _Tally, segments: Sequence[Segment]) -> list[str]:
+        family, account = self.family, tally.account
+        notes = []
         for segment in segments[1:6]:
             notes.append(f"A new segment begins at step {segment.step}: {segment.reason}.")
         if len(segments) > 6:
             notes.append(f"{len(segments) - 6} more segments begin later, the same way.")
         if tally.dropped_rows:
-            notes.append(f"{count_of(tally.dropped_rows, 'row')} identical to an earlier one were dropped.")
+            notes.append(f"Rows that came again just the same were dropped: {tally.dropped_rows}.")
         if tally.process_rows:
             how = f"by {self.rank!r}" if self.rank is not None else "they agree in what all processes share"
             notes.append(
@@ -585,11 +603,6 @@ class _Merger:
             notes.append(
                 f"{family.title or family.name} leaves out what is not finite: a NaN cannot be told from a gap."
             )
-        if self.headers:
-            notes.append(f"{count_of(self.headers, 'row')} before the first step describe the run and hold no metric.")
-        if tally.summary:
-            numbers = {k: v for k, v in tally.summary.items() if k in ("train_runtime", "train_loss")}
-            notes.append(f"The closing row of the run was kept apart: {json.dumps(numbers, default=str)}.")
         return notes
 
 

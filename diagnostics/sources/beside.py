@@ -100,16 +100,19 @@ class Beside:
     method: str | None = None
 
 
-def find(path: Path, family: Family) -> Beside:
-    """The settings that lie beside a log.
+def find(path: Path, family: Family, header: Mapping[str, Any] | None = None) -> Beside:
+    """The settings that lie beside a log, or in it.
 
     Args:
         path: the log: a file, or a directory of TensorBoard, W&B or MLflow.
         family: the system that wrote it.
+        header: what the log's rows before the first step say of the run.
     """
     found = Beside()
     try:
         here = path if path.is_dir() else path.parent
+        if header:
+            _take(understand(header, family), here, here, found)
         for folder in _folders(here):
             _read_configs(folder, here, family, found)
         _read_log_itself(path, here, family, found)
@@ -149,7 +152,7 @@ def given(config: Mapping[str, Any], family: Family) -> Beside:
     note = f"The configuration that was given is in {whose}; {count} of its settings were understood"
     note += f" ({listed(sorted(seen.settings))})" if count else ""
     unknown = [name for name in seen.unknown if not is_secret(name)]
-    note += f", and not understood: {listed(unknown)}." if unknown else "."
+    note += f"; these are of no use here: {listed(unknown)}." if unknown else "."
     notes = [note, *(f"In the configuration that was given, {each}; it was passed over." for each in seen.unfit)]
     return Beside(seen.settings, count > 0, notes=notes, method=seen.method)
 

@@ -129,11 +129,10 @@ def rows(lines: Iterator[tuple[int, str, bool]], style: str, path: Path, notes: 
         raise UnreadableLog(f"{path}: console style {style!r} is not known; choose one of {known}.")
     tally = _Tally()
     yield from chosen.read(_segments(lines, tally), tally)
-    notes.append(f"Read as console output: {chosen.title}.")
-    notes.extend(tally.remarks)
     others = tally.lines - tally.holding - tally.broken_lines
-    if others > 0:
-        notes.append(f"{count_of(others, 'line')} held no metrics.")
+    rest = f"; {count_of(others, 'other line')} held no metrics" if others > 0 else ""
+    notes.append(f"Read as console output: {chosen.title}{rest}.")
+    notes.extend(tally.remarks)
     if tally.broken_count:
         shown = ", ".join(map(str, tally.broken)) + (" …" if tally.broken_count > len(tally.broken) else "")
         many = count_of(tally.broken_count, "line")

@@ -265,6 +265,14 @@ def is_reward_model(names: Iterable[str]) -> bool:
     return "margin" in bare and bool(bare & {"accuracy", "mean_reward"})
 
 
+def is_renamed(column: Column) -> bool:
+    """Whether a signal has another name here, rather than its own without `train/` and blanks."""
+    plain = tidy(column.raw)
+    bare = re.sub(r"^(train|training)/", "", plain)
+    same = (plain, bare, f"eval_{plain.removeprefix('eval/')}")
+    return column.name not in same and not column.name.startswith(f"{plain}_again")
+
+
 def is_known(column: Column, family: Family) -> bool:
     """Whether a signal is in our table, or a metric of the family that we know of."""
     if signals.lookup(column.name) is not None:

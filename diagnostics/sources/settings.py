@@ -113,6 +113,20 @@ _NOT_IN_LLAMA_FACTORY = frozenset(
     {"max_length", "temperature", "top_p", "top_k", "repetition_penalty", "gradient_checkpointing"}
 )
 
+# What a loop of somebody's own calls its settings, where only one thing can be meant.
+PLAIN = {
+    **{
+        name: name
+        for name in """learning_rate weight_decay max_grad_norm gradient_accumulation_steps warmup_steps warmup_ratio
+        max_steps num_train_epochs per_device_train_batch_size max_completion_length num_generations bf16 fp16 seed""".split()
+    },
+    **dict.fromkeys(("lr", "max_lr"), "learning_rate"),
+    **dict.fromkeys(("grad_clip", "clip_grad_norm", "gradient_clip_val"), "max_grad_norm"),
+    **dict.fromkeys(("grad_accum_steps", "accumulate_grad_batches"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("total_steps", "max_iters", "num_training_steps"), "max_steps"),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs"), "num_train_epochs"),
+}
+
 # Facts of PEFT's adapter_config.json, and of a DeepSpeed configuration ("auto" tells nothing and is passed over).
 ADAPTER = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 DEEPSPEED = {
@@ -266,6 +280,9 @@ def understand(raw: Mapping[str, Any], family: Family) -> Understood:
     for table in (family.settings, *_TABLES.get(dialect, ())):
         for theirs, ours in table.items():
             take(_in(flat, sections, theirs), ours, foreign=True)
+    if dialect == "other":
+        for theirs, ours in PLAIN.items():
+            take(_in(flat, sections, theirs), ours, foreign=False)
     if dialect == "axolotl":
         _add_axolotl(flat, made, used)
     elif dialect == "llama_factory":
@@ -278,6 +295,7 @@ def understand(raw: Mapping[str, Any], family: Family) -> Understood:
     if not _positive(made.settings.get("max_steps")):
         made.settings.pop("max_steps", None)  # -1: as many as the epochs have
     made.method = made.method or _method(flat, dialect)
+    used |= flat.keys() & _METHODS.get(dialect, {}).keys()
     made.unknown = [name for name in flat if name not in used]
     batch = any("batch_size" in name.rsplit(".", 1)[-1] and _positive(value) for name, value in flat.items())
     made.training = _positive(made.settings.get("learning_rate")) and (
