@@ -159,12 +159,13 @@ def _watch_log(
     except KeyboardInterrupt:
         ended = "left"
     engine = follower.engine
+    step = engine.view.step if engine is not None else None
+    if json:
+        print_json({"event": "outspoken.run", "run": None, "status": ended, "step": step})
+    else:
+        print(f"[outspoken] LOG {ended} " + ("before a row came" if step is None else f"at step {step}"))
     if engine is None:
         raise typer.Exit(CANNOT_JUDGE)
-    if json:
-        print_json({"event": "outspoken.run", "run": None, "status": ended, "step": engine.view.step})
-    else:
-        print(f"[outspoken] LOG {ended} at step {engine.view.step}")
     raise typer.Exit(BAD if is_bad(engine.verdict(), engine.diagnostics().values()) else FINE)
 
 

@@ -116,7 +116,7 @@ def _on_settings(known: Mapping[str, Any]) -> str:
     names = sorted(known.keys() - {"points_per_log"})
     if not names:
         return "The settings of the run are not known; what depends on them was not judged. Give --config."
-    return f"Of the run's settings only {listed(names, 6)} are known; what depends on others was not judged. Give --config."
+    return f"Of the run's settings these are known: {listed(names, 6)}; what depends on others was not judged. Give --config."
 
 
 def engine_for(

@@ -5,6 +5,7 @@ log is understood exactly as a finished one. Where new rows change how the log i
 the system, a file begun anew), everything is judged again in silence, and only what was not told before is told.
 """
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -16,6 +17,8 @@ from outspoken.diagnostics.engine import Engine, Transition
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources import LoggedRun, UnreadableLog, read
 from outspoken.diagnostics.sources.assemble import WINDOW
+
+_NUMBERS = re.compile(r"\d+")
 
 PATIENCE = 10  # a look that took a second is followed by one ten seconds later at the earliest
 
@@ -82,8 +85,8 @@ class Follower:
                 return []
             raise
         self.waiting = ""
-        self.notes = [note for note in run.notes if note not in self._noted]
-        self._noted.update(self.notes)
+        self.notes = [note for note in run.notes if _told_once(note) not in self._noted]
+        self._noted.update(map(_told_once, self.notes))
         self.over = self.over or bool(run.summary)
         ready = len(run.observations) - (not (still or last or self.over))
         begins_anew = self._changed(run)
@@ -169,6 +172,11 @@ class Follower:
         new = key not in self._told
         self._told.add(key)
         return new
+
+
+def _told_once(note: str) -> str:
+    """What a note says but for its numbers, which grow with the log; where a segment begins is news each time."""
+    return note if note.startswith("A new segment") else _NUMBERS.sub("#", note.partition(";")[0].rstrip("."))
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def test_which_settings_are_known_if_not_all(tmp_path):
     path = write_rows(tmp_path / "log.jsonl", cut_run())
     (tmp_path / "hparams.yaml").write_text("learning_rate: 1e-6\nbeta: 0.1\n")
     assert diagnose(path)["notes"] == [
-        "Of the run's settings only beta, learning_rate are known; what depends on others was not judged. Give --config."
+        "Of the run's settings these are known: beta, learning_rate; what depends on others was not judged. Give --config."
     ]
 
 

@@ -148,6 +148,28 @@ def test_a_log_begun_anew_is_judged_from_its_beginning(tmp_path):
     assert follower.engine.diagnostics() == {}
 
 
+def test_a_note_is_told_once_however_its_numbers_grow(tmp_path):
+    path, said = tmp_path / "train.log", []
+    follower, text = Follower(path), ""
+    for step in range(1, 40):
+        text += f"step {step} loss {1 / step:.4f} lr 0.1\n" + "a line of another kind\n" * (step > 5)
+        path.write_text(text)
+        follower.look()
+        said += follower.notes
+    assert [note.split()[0] for note in said] == ["Read", "Taken", "Read"]  # the console, the method, the names
+
+
+def test_each_segment_is_told_of(tmp_path):
+    path, said, rows = tmp_path / "log.jsonl", [], []
+    follower = Follower(path)
+    for first in (1, 10, 20):
+        rows += [{"step": k, "loss": 1 / (k + first)} for k in range(first, first + 20)]
+        path.write_text(lines(rows))
+        follower.look()
+        said += [note for note in follower.notes if "segment" in note]
+    assert len(said) == 2
+
+
 def test_a_run_that_goes_back_opens_a_segment(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(lines([{"step": s, "loss": 1.0 / s} for s in range(1, 21)]))
@@ -272,6 +294,17 @@ def test_watch_once_and_for_programs(cli, tmp_path):
     assert {e["record"]["code"] for e in events if e["event"] == "outspoken.diagnostic"} >= {"RL016", "NUM001"}
     assert code == 1, "a loss that is not a number is an error"
     assert code == cli("diagnose", path)[0]
+
+
+def test_watch_left_before_a_row_came_is_told_to_programs_too(cli, tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("outspoken.cli.watch.time.sleep", interrupt)
+    (tmp_path / "train.log").touch()
+    code, out, _ = cli("watch", tmp_path / "train.log", "--json")
+    assert code == 2 and json.loads(out) == {"event": "outspoken.run", "run": None, "status": "left", "step": None}
+    assert cli("watch", tmp_path / "train.log")[:2] == (2, "[outspoken] LOG left before a row came\n")
 
 
 def test_watch_stops_when_nothing_comes(cli, tmp_path):

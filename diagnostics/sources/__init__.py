@@ -214,9 +214,10 @@ def _method(family: Family, names: Mapping[str, Any], made: Assembled) -> tuple[
 
 
 def _on_method(told: str, reason: str) -> str:
-    said = f"The method is not known: {reason}." if told == "unknown" else f"Taken for {told}: {reason}."
-    unsure = told == "unknown" or "low confidence" in reason
-    return f"{said} Give --method if it is another." if unsure and "--method" not in reason else said
+    if told == "unknown":
+        return f"The method is not known: {reason}. Give --method."
+    advice = " Give --method if it is another." if "low confidence" in reason else ""
+    return f"Taken for {told}: {reason}.{advice}"
 
 
 # Methods that log alike. Settings of another kind than the log's cannot be of the same run.
