@@ -116,7 +116,15 @@ def read(
     Raises:
         UnreadableLog: there is nothing to read; its message is one sentence that names the file, and the line if any.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path), format, config, method)
+    except OSError as error:
+        raise UnreadableLog(f"{path}: cannot be read ({error.strerror or error}).") from None
+
+
+def _read(
+    path: Path, format: str | None, config: str | Path | Mapping[str, Any] | None, method: str | None
+) -> LoggedRun:
     if format is not None and format not in FORMATS:
         raise UnreadableLog(f"{path}: format {format!r} is not known; choose one of {', '.join(FORMATS)}.")
     container = format if format in CONTAINERS else None

@@ -6,6 +6,7 @@ Nothing is unpickled or executed.
 import codecs
 import gzip
 import io
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,15 +19,21 @@ HEAD = 2 * 1024 * 1024  # bytes that are looked at to tell what a file is
 Row = dict[str, Any]
 
 # How files begin that people hand over by mistake, and what to do instead.
+_PICKLE = "is a pickle (training_args.bin, a checkpoint); it is never opened. Give its settings with --config"
+_PACKED = "is compressed in a way that is not read here; unpack it first"
 _MAGIC = [
-    (
-        b"\x80\x02",
-        "is a pickle (training_args.bin, a checkpoint); it is never opened. Give its settings with --config",
-    ),
+    *((bytes((0x80, protocol)), _PICKLE) for protocol in range(2, 6)),
     (b"PK\x03\x04", "is a zip archive or a torch checkpoint, not a log of metrics"),
+    (b"\x1f\x8b", "is compressed twice; unpack it first"),
+    *((magic, _PACKED) for magic in (b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh91AY&SY", b"7z\xbc\xaf\x27\x1c")),
     (b"PAR1", "is a Parquet file; export it as CSV"),
+    (b"ARROW1", "is an Arrow file; export it as CSV"),
+    (b"\x89HDF\r\n", "is an HDF5 file; export it as CSV"),
     (b"SQLite format 3", "is a database that is not MLflow's; export the metrics as CSV"),
     (b"GGUF", "holds model weights, not a log of metrics"),
+    *((magic, "is an image, not a log of metrics") for magic in (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8")),
+    (b"%PDF-", "is a PDF, not a log of metrics"),
+    *((bom, "is UTF-32 text; save it as UTF-8") for bom in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
 ]
 
 
@@ -36,6 +43,9 @@ class UnreadableLog(ValueError):
 
 def open_bytes(path: Path) -> IO[bytes]:
     try:
+        # A pipe would be waited for, and cannot be read twice.
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise UnreadableLog(f"{path}: is no regular file (a pipe or a device); save what it gives as a file.")
         handle = path.open("rb")
         if handle.read(2) == b"\x1f\x8b":
             handle.close()
@@ -48,6 +58,16 @@ def open_bytes(path: Path) -> IO[bytes]:
         raise UnreadableLog(f"{path}: is a directory without a log that is known here.") from None
     except OSError as error:
         raise UnreadableLog(f"{path}: cannot be opened ({error.strerror or error}).") from None
+    except UnreadableLog:
+        raise
+    except ValueError as error:
+        raise UnreadableLog(f"{path}: is no name of a file ({error}).") from None
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is compressed by gzip."""
+    with path.open("rb") as handle:
+        return handle.read(2) == b"\x1f\x8b"
 
 
 def lines_of(path: Path, notes: list[str], strict: bool = True) -> Iterator[tuple[int, str, bool]]:
@@ -138,6 +158,8 @@ def text_of(path: Path, head: bytes) -> str:
     for magic, why in _MAGIC:
         if head.startswith(magic):
             raise UnreadableLog(f"{path}: {why}.")
+    if head[257:262] == b"ustar":
+        raise UnreadableLog(f"{path}: is a tar archive; unpack it and give the log in it.")
     if not head.strip(b"\0 \r\n\t"):
         raise UnreadableLog(f"{path}: is empty.")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

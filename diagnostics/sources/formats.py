@@ -17,7 +17,16 @@ from outspoken.diagnostics.sources.again import Again
 from outspoken.diagnostics.sources.bounded import bounded, weight
 from outspoken.diagnostics.sources.config import method_in_text
 from outspoken.diagnostics.sources.csv_rows import csv_rows, delimiter_of
-from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, head_of, lines_of, listed, text_of
+from outspoken.diagnostics.sources.files import (
+    Row,
+    UnreadableLog,
+    count_of,
+    head_of,
+    is_packed,
+    lines_of,
+    listed,
+    text_of,
+)
 from outspoken.diagnostics.sources.json_rows import Document, Lines, document_rows, line_rows, loads, scan
 
 CONTAINERS = ("trainer_state", "jsonl", "json", "csv", "console", "notebook", "tensorboard", "wandb", "mlflow")
@@ -162,6 +171,8 @@ def _kind(path: Path, container: str | None) -> tuple[str, bytes]:
                 return kind, b""
         raise UnreadableLog(f"{path}: holds no log that is known here; give the file itself.")
     head = head_of(path)
+    if head.startswith((b":W&B", b"SQLite format 3")) and is_packed(path):
+        raise UnreadableLog(f"{path}: is compressed, and of a kind that is only read as it is; unpack it first.")
     if container in ("tensorboard", "wandb", "mlflow"):
         return container, head
     if wandb_files.is_wandb_file(head):

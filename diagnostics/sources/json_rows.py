@@ -159,6 +159,7 @@ class Document:
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+_NUMBERS = re.compile(r"(?:[\w.+ \t\r\n-]{1,400},){2,}")
 
 
 class _Reader:
@@ -260,11 +261,25 @@ class _Reader:
             self.at += 1
             return
         while True:
+            yield from self._plain()
             yield self.value(MAX_LINE)
             if self.peek() == "]":
                 self.at += 1
                 return
             self.expect(",")
+
+    def _plain(self) -> list[Any]:
+        """The plain values that come next, each with a comma behind it: a list may hold millions of numbers."""
+        self.peek()
+        found = _NUMBERS.match(self.text, self.at)
+        if found is None:
+            return []
+        try:
+            values = loads(f"[{found.group()[:-1]}]")
+        except ValueError:
+            return []
+        self.at = found.end()
+        return list(values)
 
     def members(self) -> Iterator[str]:
         """The names of the object that comes next; whoever asks takes each value before going on."""
