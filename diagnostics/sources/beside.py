@@ -14,10 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from outspoken.diagnostics.patches import same_value
 from outspoken.diagnostics.records import as_number
 from outspoken.diagnostics.sources import mlflow_files, tensorboard, wandb_files
-from outspoken.diagnostics.sources.config import load
+from outspoken.diagnostics.sources.config import load, load_yaml
 from outspoken.diagnostics.sources.files import UnreadableLog, listed
 from outspoken.diagnostics.sources.names import Family
 from outspoken.diagnostics.sources.settings import (
@@ -356,11 +358,10 @@ def _merge(settings: Mapping[str, Any], path: Path, here: Path, found: Beside) -
 
 def _overrides(path: Path, here: Path, found: Beside) -> Mapping[str, Any] | None:
     """Hydra's overrides.yaml, a list of `a.b=c`."""
-    import yaml
-
     try:
-        items = yaml.safe_load(path.read_bytes()[:MAX_YAML])
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        with path.open("rb") as handle:
+            items = load_yaml(handle.read(MAX_YAML))
+    except (OSError, YAMLError, ValueError, RecursionError) as error:
         found.notes.append(f"{_shown(path, here)} was not read ({type(error).__name__}).")
         return None
     return command_line([item for item in items if isinstance(item, str)]) if isinstance(items, list) else None

@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -15,6 +15,7 @@ from outspoken.diagnostics.sources.files import UnreadableLog
 from outspoken.diagnostics.sources.names import is_reward_model
 
 MAX_CONFIG = 10 * 1024 * 1024  # bytes
+MAX_MERGED = 100_000  # settings that YAML's `<<` copies
 LN2 = math.log(2)  # the first loss of a preference run
 
 # trainer_state.json's name -> the config field
@@ -74,7 +75,7 @@ def _parse(path: Path, text: str) -> Any:
             return tomllib.loads(text)
         if text.lstrip().startswith("{"):
             return json.loads(text)
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except tomllib.TOMLDecodeError as error:
         raise UnreadableLog(f"{path}: is not valid TOML ({error}).") from None
     except yaml.MarkedYAMLError as error:
@@ -84,6 +85,27 @@ def _parse(path: Path, text: str) -> Any:
         raise UnreadableLog(f"{path}: line {error.lineno} is not valid JSON ({error.msg}).") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UnreadableLog(f"{path}: is neither YAML nor JSON ({type(error).__name__}).") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which a few lines of nested `<<` would keep busy for ever."""
+
+    merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > MAX_MERGED:
+            raise yaml.YAMLError("merges too many settings")
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text; nothing is executed.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is no YAML.
+    """
+    return yaml.load(text, _Loader)
 
 
 def _number_if_one(value: Any) -> Any:
@@ -101,7 +123,7 @@ def config_of_state(extra: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for theirs, ours in _STATE_FIELDS.items():
         value = extra.get(theirs)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+        if _is_positive(value):
             config[ours] = value
     return config
 
@@ -109,9 +131,13 @@ def config_of_state(extra: Mapping[str, Any]) -> dict[str, Any]:
 def total_steps_of(config: Mapping[str, Any], last: Mapping[str, Any]) -> int | None:
     """Planned steps, from the config or a column that says so in every row, of which `last` is the last."""
     for value in (config.get("max_steps"), last.get("total_steps")):
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
+        if _is_positive(value):
             return int(value)
     return None
+
+
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**53
 
 
 def points_per_log(config: Mapping[str, Any]) -> int | None:
