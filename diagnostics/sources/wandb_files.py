@@ -6,7 +6,6 @@ its history (one record a `log`) and its config. Rows keep the names as they wer
 Sources: leveldb's `doc/log_format.md`; `wandb_internal.proto` of the wandb package (0.10 to 0.31).
 """
 
-import json
 import re
 import struct
 import zlib
@@ -18,7 +17,9 @@ from typing import IO, Any, cast
 
 import yaml
 
+from outspoken.diagnostics.sources.config import load_yaml
 from outspoken.diagnostics.sources.files import MAX_LINE, Row, UnreadableLog
+from outspoken.diagnostics.sources.json_rows import loads
 from outspoken.diagnostics.sources.protobuf import (
     BYTES,
     FIXED64,
@@ -77,7 +78,7 @@ def rows(path: Path, notes: list[str]) -> Iterator[Row]:
     tally = _Tally()
     count = 0
     for file in _files(path, notes):
-        for row in _old_history(file, tally) if file.suffix == ".jsonl" else _history(file, tally):
+        for row in _old_history(file, tally) if _is_old(file) else _history(file, tally):
             count += 1
             yield row
     if not count:
@@ -89,7 +90,7 @@ def settings(path: Path) -> dict[str, Any]:
     """The run's config as it was logged, nested as it was; {} if there is none."""
     found: dict[str, Any] = {}
     for file in _files(path, []):
-        if file.suffix == ".jsonl":
+        if _is_old(file):
             found.update(_config_file(file.parent / "config.yaml"))
             continue
         logged = _config(file)
@@ -138,10 +139,18 @@ def _files(path: Path, notes: list[str]) -> list[Path]:
     return chosen
 
 
+def _is_old(log: Path) -> bool:
+    """Whether a log is JSON lines, as versions before 0.10 wrote them."""
+    if log.suffix != ".jsonl":
+        return False
+    with _open(log) as handle:
+        return not is_wandb_file(handle.read(len(_IDENT)))
+
+
 def _has_history(log: Path) -> bool:
     try:
         tally = _Tally()
-        return next(_old_history(log, tally) if log.suffix == ".jsonl" else _history(log, tally), None) is not None
+        return next(_old_history(log, tally) if _is_old(log) else _history(log, tally), None) is not None
     except UnreadableLog:
         return False
 
@@ -342,7 +351,7 @@ def _number(text: bytes) -> Any:
     except ValueError:
         pass
     try:
-        value = json.loads(text)
+        value = loads(text.decode())
     except (ValueError, RecursionError):
         return text.decode(errors="replace")
     return _words(value) if isinstance(value, str) else value
@@ -388,7 +397,7 @@ def _old_history(path: Path, tally: _Tally) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = loads(line.decode())
             except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, dict):
@@ -445,9 +454,9 @@ def _change(config: dict[str, Any], record: bytes) -> None:
 def _config_file(path: Path) -> dict[str, Any]:
     """The config of a `config.yaml`, where each name holds `{value: …}`."""
     try:
-        if path.stat().st_size > MAX_CONFIG:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG:
             return {}
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     if not isinstance(value, dict):
