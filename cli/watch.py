@@ -78,10 +78,15 @@ def watch(
             raise CommandError(why or f"{path}: there is no such file or directory.") from None
         follower = _follower(path, format, config, method, param, ignore)
         _watch_log(follower, sink, interval, once, timeout, json)
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be looked at ({error.strerror or error}).") from None
     given = [name for name, value in settings.items() if value]
     if given:
         raise CommandError(f"{path} is a run of ours, which judges itself; {given[0]} is for logs of other systems.")
-    _watch_run(found, sink, interval, once, json)
+    try:
+        _watch_run(found, sink, interval, once, json)
+    except OSError as error:
+        raise CommandError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from None
 
 
 # ---------------------------------------------------------------------- the log of any system
@@ -210,7 +215,10 @@ def _tell_news(run: "Run", diagnostics: "Tail", changes: "Tail", shown: set[str]
         sink.transition(Transition(record, shown=visible))
     try:
         verdict = run.verdict()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        note(f"{error.filename}: cannot be read ({error.strerror or error}).")
+        return
+    except ValueError as error:
         note(str(error))
         return
     if verdict is not None:

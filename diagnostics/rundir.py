@@ -6,6 +6,7 @@ from here is executed or unpickled.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ EARLIER = "earlier"  # where the files of runs go that used the directory before
 HEARTBEAT_SECONDS = 10.0  # run.json is rewritten at most so often
 RETRY_WRITES, RETRY_SECONDS = 50, 30.0  # how often a directory that failed is tried again
 MAX_REQUEST_BYTES = 1_000_000
+MAX_JSON_BYTES = 64_000_000  # of run.json and verdict.json
 MAX_LINE_BYTES = 8_000_000  # no line of ours is longer; readers skip what is
 MAX_RECORD_TEXT = 2000  # characters of a text in a record
 MAX_CONFIG_TEXT = 20_000  # … and in run.json, whose config may hold a chat template
@@ -372,11 +374,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it holds no JSON object; the message names the file.
     """
-    data = Path(path).read_bytes()
-    record = _object(data)
+    with _regular(path) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    record = f"it is longer than {MAX_JSON_BYTES} bytes" if len(data) > MAX_JSON_BYTES else _object(data)
     if isinstance(record, str):
         raise ValueError(f"{path} is no JSON object: {record}")
     return record
+
+
+def _regular(path: str | Path) -> BinaryIO:
+    """A file opened to be read.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe or device, which might never end.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return open(path, "rb")
 
 
 def read_jsonl(path: str | Path, since_line: int = 0) -> tuple[list[dict[str, Any]], list[str]]:
@@ -411,7 +425,7 @@ class Tail:
         records: list[dict[str, Any]] = []
         notes: list[str] = []
         try:
-            file = open(self.path, "rb")  # noqa: SIM115
+            file = _regular(self.path)
         except FileNotFoundError:
             return records, notes
         with file:
@@ -435,7 +449,7 @@ class Tail:
     def last_torn(self) -> tuple[dict[str, Any] | None, list[str]]:
         """The record after the last line end, if it is whole; else a note on it, if anything stands there."""
         try:
-            with open(self.path, "rb") as file:
+            with _regular(self.path) as file:
                 file.seek(self._offset)
                 rest = file.read(MAX_LINE_BYTES)
         except FileNotFoundError:
@@ -479,7 +493,7 @@ def _object(data: bytes) -> dict[str, Any] | str:
 def last_line(path: str | Path) -> dict[str, Any] | None:
     """The last complete record of a file of JSON lines, found from its end; None if there is none."""
     try:
-        with open(path, "rb") as file:
+        with _regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1_000_000))
             lines = file.read().split(b"\n")
