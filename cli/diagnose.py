@@ -20,6 +20,8 @@ from outspoken.cli.common import (
     show,
 )
 
+RULES_NAMED = 3  # of those that could not be checked for one reason; of more, only the codes
+
 
 def diagnose(
     path: Annotated[
@@ -97,12 +99,14 @@ def print_report(report: Mapping[str, Any]) -> None:
         say("No diagnostic fired.")
     else:
         say(f"Details: outspoken explain {escaped(report['diagnostics'][0].get('code'), 20)}", "dim")
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, list[Mapping[str, Any]]] = {}
     for missing in report["not_checked"]:
-        reasons.setdefault(str(missing["reason"]), []).append(str(missing["code"]))
+        reasons.setdefault(str(missing["reason"]), []).append(missing)
     if reasons:
         say("\nNot checked:")
-        for reason, codes in reasons.items():
+        for reason, rules in reasons.items():
+            named = len(rules) <= RULES_NAMED
+            codes = [f"{rule['code']} {rule['name']}" if named else str(rule["code"]) for rule in rules]
             say(f"  {', '.join(codes)}: {escaped(reason)}", "dim")
     for text in report["notes"]:
         say(f"note: {escaped(text)}", "dim")

@@ -250,7 +250,7 @@ class Engine:
                     return Unknown(f"{name} has had no finite value")
                 return Unknown(f"{name} is not measured" if view.points >= 10 else f"{name} not seen yet")
         if r.warm_up and not view.warmed_up:
-            return Unknown("warming up")
+            return Unknown("too early: 20 steps, 10 points and the learning rate's warm-up have to pass first")
         view.is_firing = life.state in ("firing", "suppressed", "unknown")
         try:
             return r.check(view, self._params[r.code])

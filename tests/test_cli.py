@@ -379,6 +379,7 @@ def test_diagnose_a_log(cli, log):
     assert "100 rows, steps 1 to 100, method sft" in out
     assert any(line.startswith("verdict ") and "improving" in line for line in out.splitlines())
     assert "Not checked:" in out and "Give --config" in out
+    assert "  NUM005 grad-spike, NUM008 zero-gradient: grad_norm is not measured" in out.splitlines()
     code, out, _ = cli("diagnose", path, "--json")
     report = json.loads(out)
     schemas.validate(report)
