@@ -6,8 +6,10 @@ run that restarts at every step.
 """
 
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from outspoken.diagnostics.sources.files import Row, UnreadableLog
 from outspoken.diagnostics.sources.names import is_evaluation
@@ -17,6 +19,7 @@ Measurement = tuple[float, int, str, float]
 
 MAX_NAMES = 100_000  # more are no log of metrics
 MAX_WAITING = 10_000
+MAX_RECORDED = 2_000_000  # measurements that are kept between two passes
 NAMES_SHOWN = 5
 
 # What a training loop measures at each of its own steps.
@@ -36,6 +39,36 @@ class Axes:
     stepless: bool
     apart: frozenset[str]
     clocks: Mapping[str, str]
+
+
+class Recorded:
+    """Measurements of one pass, kept for the next in some 30 bytes each, where they are at most MAX_RECORDED."""
+
+    def __init__(self) -> None:
+        self.whole = False  # whether a pass was recorded to its end
+        self._times, self._steps, self._values = array("d"), array("q"), array("d")
+        self._names: list[str] = []  # the same few texts again and again
+
+    def of(self, measurements: Iterable[Measurement]) -> Iterator[Measurement]:
+        """The measurements, recorded as they pass."""
+        times, steps, names, values = self._times.append, self._steps.append, self._names.append, self._values.append
+        measured = iter(measurements)
+        for each in islice(measured, MAX_RECORDED):
+            times(each[0])
+            steps(each[1])
+            names(each[2])
+            values(each[3])
+            yield each
+        more = next(measured, None)
+        if more is None:
+            self.whole = True
+            return
+        self.__init__()  # type: ignore[misc]
+        yield more
+        yield from measured
+
+    def __iter__(self) -> Iterator[Measurement]:
+        return zip(self._times, self._steps, self._names, self._values)
 
 
 def survey(measurements: Callable[[], Iterable[Measurement]], source: str) -> Axes:

@@ -16,14 +16,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
 from outspoken.diagnostics.sources.files import Row, UnreadableLog
-from outspoken.diagnostics.sources.measurements import MAX_NAMES, Axes, Measurement, survey, to_rows
+from outspoken.diagnostics.sources.measurements import MAX_NAMES, Axes, Measurement, Recorded, survey, to_rows
 from outspoken.diagnostics.sources.protobuf import (
     BYTES,
     FIXED32,
@@ -39,6 +38,7 @@ from outspoken.diagnostics.sources.protobuf import (
 MAX_RECORD = 64 * 1024 * 1024  # bytes; a longer one is no scalar and is passed over
 MAX_FILES = 10_000  # below one folder
 MAX_CACHED = 10_000
+PLANS_KEPT = 16
 MAX_CHECKED = 65536  # bytes of a record; a longer one holds media
 BATCH = 256 * 1024  # bytes
 SETTINGS_WITHIN = 5_000  # records at the start of a file, among which its settings are looked for
@@ -93,10 +93,10 @@ def rows(paths: Sequence[Path], notes: list[str]) -> Iterator[Row]:
     folders = {path.parent for path in paths}
     source = str(paths[0] if len(paths) == 1 else folders.pop() if len(folders) == 1 else _common(paths))
     files = tuple(_expand(paths))
-    groups, axes, told = _plan(files, tuple(_stamp(path) for path in files), source)
+    tally, recorded = _Tally(), Recorded()
+    groups, axes, told = _plan(files, tuple(_stamp(path) for path in files), source, tally, recorded)
     notes.extend(told)
-    tally = _Tally()
-    yield from to_rows(_in_order(groups, tally), axes, source, notes)
+    yield from to_rows(recorded if recorded.whole else _in_order(groups, tally), axes, source, notes)
     notes.extend(tally.notes())
 
 
@@ -532,19 +532,43 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-@lru_cache(maxsize=16)
+_Plan = tuple[list[list[_Part]], Axes, list[str]]
+_plans: dict[Any, _Plan] = {}  # the last ones, by files that did not change since
+
+
 def _plan(
-    files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...], source: str
-) -> tuple[list[list[_Part]], Axes, list[str]]:
-    """What is read in which order, what the steps count, and notes: found once for files that did not change since."""
+    files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...], source: str, tally: _Tally, recorded: Recorded
+) -> _Plan:
+    """What is read in which order, what the steps count, and notes.
+
+    Found once for files that did not change since. Where that took a pass over them, `recorded` holds the
+    measurements, if they are not too many, and `tally` what was met on the way.
+    """
+    key = files, stamps, source
+    if key in _plans:
+        return _plans[key]
     notes: list[str] = []
     groups = _groups(files, source, notes)
-    tally = _Tally()
+    met = _Tally()
+    passes = 0
+
+    def measurements() -> Iterable[Measurement]:
+        nonlocal passes
+        passes += 1
+        if passes == 1:
+            return recorded.of(_in_order(groups, met))
+        return recorded if recorded.whole else _in_order(groups, _Tally())
+
     try:
-        axes = survey(lambda: _in_order(groups, tally), source)
+        axes = survey(measurements, source)
     except UnreadableLog as error:
-        told = tally.notes()
+        told = met.notes()
         raise UnreadableLog(f"{str(error)[:-1]}; {told[0]}" if told else str(error)) from None
+    if recorded.whole:
+        vars(tally).update(vars(met))
+    while len(_plans) >= PLANS_KEPT:
+        _plans.pop(next(iter(_plans)), None)
+    _plans[key] = groups, axes, notes
     return groups, axes, notes
 
 
