@@ -87,6 +87,8 @@ def watch(
         _watch_run(found, sink, interval, once, json)
     except OSError as error:
         raise CommandError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 # ---------------------------------------------------------------------- the log of any system
@@ -234,7 +236,9 @@ def _tell_end(run: "Run", over: bool, json: bool) -> None:
     if json:
         print_json({"event": "outspoken.run", "run": run.id, "status": state, "step": run.step})
     else:
-        print(f"[outspoken] RUN {state} at step {run.step}")
+        from outspoken.diagnostics.sinks import escaped
+
+        print(f"[outspoken] RUN {escaped(state, 40)} at step {run.step}")
 
 
 def _exit_code(run: "Run", over: bool) -> int:

@@ -183,8 +183,12 @@ def recorded(directory: Path) -> dict[str, Any]:
     card = _card(directory)
     try:
         verdict = rundir.read_json(directory / rundir.VERDICT)
-    except (OSError, ValueError) as error:
-        raise UnreadableLog(f"{directory / rundir.VERDICT}: {error}.") from None
+    except OSError as error:
+        raise UnreadableLog(
+            f"{directory / rundir.VERDICT}: cannot be read ({error.strerror or error}); judge anew with --replay."
+        ) from None
+    except ValueError as error:  # which names the file
+        raise UnreadableLog(f"{error}; judge anew with --replay.") from None
     lines, notes = rundir.read_jsonl(directory / rundir.DIAGNOSTICS)
     latest = {str(line.get("code")): line for line in lines if line.get("code") and line.get("state")}
     first, rows, names = None, 0, []

@@ -29,8 +29,10 @@ def read_card(directory: Path) -> dict[str, Any]:
         return {}
     try:
         return read_json(path)
-    except (OSError, ValueError) as error:
-        raise UnreadableLog(f"{path}: {error}.") from None
+    except OSError as error:
+        raise UnreadableLog(f"{path}: cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:  # which names the file
+        raise UnreadableLog(f"{error}.") from None
 
 
 def is_record(row: Row) -> bool:
