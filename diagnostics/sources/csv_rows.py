@@ -136,6 +136,8 @@ def _rows(path: Path, notes: list[str], met: _Met) -> Iterator[Row]:
     if held is not None and short > 0 and not ended:
         notes.append("The last row was cut off while it was written; it was skipped.")
     elif held is not None:
+        if not ended and (cell := held.popitem()[1]) is not None:
+            notes.append(f"The last line has no end, so its last cell, {cell[:40]!r}, may be cut and was left out.")
         yield held
 
 
