@@ -150,7 +150,9 @@ def _read(
         family = replace(family, null_is_nan=False)
     made = assemble(raw.rows, family, seen)
     if not len(made.observations):
-        raise UnreadableLog(f"{path}: no row holds a metric.")
+        raise UnreadableLog(
+            f"{path}: no row holds a metric, which is a name with a number for it, as in `loss: 2.31`."
+        )
     logged = config_of_state(raw.extra)
     told, reason = _method(family, seen.names, made)
     if told == "unknown" and raw.named is not None:

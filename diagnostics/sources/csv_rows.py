@@ -8,7 +8,7 @@ from pathlib import Path
 
 from outspoken.diagnostics.records import as_number
 from outspoken.diagnostics.sources.bounded import MAX_NAMES
-from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, lines_of
+from outspoken.diagnostics.sources.files import FORMS, Row, UnreadableLog, count_of, lines_of
 
 LOOKED_AT = 50  # rows in which some number has to stand
 LINES_SHOWN = 10
@@ -79,7 +79,7 @@ def csv_rows(path: Path, notes: list[str]) -> Iterator[Row]:
     rows = _rows(path, notes, met)
     first = list(islice(rows, LOOKED_AT))
     if (first or met.words) and not any(is_number(v) for row in first for v in row.values() if v):
-        raise UnreadableLog(f"{path}: has no column of numbers; it is no log of metrics that is known here.")
+        raise UnreadableLog(f"{path}: no line holds metrics, and as CSV it has no column of numbers; {FORMS}.")
     if met.wide > 0.5 * len(first):
         raise UnreadableLog(
             f"{path}: most rows have more cells than the header has names, as where a comma stands for the decimal "

@@ -82,7 +82,9 @@ def find_log(directory: Path, notes: list[str]) -> Path:
         once.setdefault(path.resolve(), path)
     found = list(once.values())
     if not found:
-        raise UnreadableLog(f"{directory}: holds no log of a usual name; give the file itself.")
+        raise UnreadableLog(
+            f"{directory}: holds no log of a usual name (trainer_state.json, metrics.jsonl, *.log …); give the file itself."
+        )
     if len(found) > 1:
         names = [str(path.relative_to(directory)) for path in found[1:] if path != directory]
         if names and found[0] != directory:

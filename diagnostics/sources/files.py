@@ -169,6 +169,10 @@ def text_of(path: Path, head: bytes) -> str:
     return head.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="ignore")
 
 
+# What a user can do about a file in which nothing was found.
+FORMS = "known are JSON lines, CSV, printed dicts, and lines such as `step 10 loss 2.31`"
+
+
 def count_of(n: int, one: str, many: str | None = None) -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
 

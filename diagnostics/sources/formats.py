@@ -18,6 +18,7 @@ from outspoken.diagnostics.sources.bounded import bounded, weight
 from outspoken.diagnostics.sources.config import method_in_text
 from outspoken.diagnostics.sources.csv_rows import csv_rows, delimiter_of
 from outspoken.diagnostics.sources.files import (
+    FORMS,
     Row,
     UnreadableLog,
     count_of,
@@ -80,7 +81,7 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
         lines = _lines(head)
         style, named = console.find_style(lines), method_in_text("\n".join(lines))
         if style is None:
-            raise UnreadableLog(f"{path}: no line of it holds metrics in a form that is known here.")
+            raise UnreadableLog(f"{path}: no line of it holds metrics in a form that is known here; {FORMS}.")
         make = partial(_console_rows, path, style)
     elif kind == "notebook":
         make = partial(notebook.rows, path)
@@ -134,7 +135,7 @@ def _document(path: Path, kind: str) -> RawLog:
     notes: list[str] = []
     if key is None:
         if found.columns is None:
-            raise UnreadableLog(f"{path}: is JSON, but holds no list of logged rows.")
+            raise UnreadableLog(f"{path}: is JSON, but holds no list of logged rows, nor a list of numbers per name.")
         columns = found.columns
         rows = _again(path, lambda told: (dict(zip(columns, cells)) for cells in zip(*columns.values())), notes)
         return RawLog(path, "json", rows, notes=notes)
@@ -202,7 +203,7 @@ def _told_by(path: Path, text: str, head: bytes) -> str:
     if delimiter_of(first) is not None:
         return "csv"
     raise UnreadableLog(
-        f"{path}: line 1 is neither JSON nor a CSV header, and no line holds metrics ({first[:60]!r})."
+        f"{path}: line 1 is neither JSON nor a CSV header ({first[:40]!r}), and no line holds metrics; {FORMS}."
     )
 
 
