@@ -130,6 +130,43 @@ def test_rows_of_two_processes_by_their_rank(tmp_path):
     assert any("another process (by 'rank')" in note for note in run.notes)
 
 
+def test_a_metric_that_is_called_rank_is_none_of_a_process(tmp_path):
+    """Of a matrix, say: each step has one row, so no row is another process's."""
+    for ranks in (
+        [3, 5, 4, 3, 7, 6, 3, 4, 5, 9],
+        [3.5, 3.25, 3.75, 3.0, 2.5, 4.0, 3.5, 3.25, 3.0, 2.75],
+        [16] * 5 + [32] * 5,
+    ):
+        rows = [{"step": s, "rank": r, "loss": 1.0 / s} for s, r in enumerate(ranks, start=1)]
+        run = read(write(tmp_path / "log.jsonl", rows))
+        assert [o.signals["loss"] for o in run.observations] == [1.0 / s for s in range(1, 11)]
+        assert run.account.other_process == 0
+
+
+def test_files_of_two_processes_one_behind_the_other(tmp_path):
+    rows = [{"step": s, "rank": r, "loss": 1.0 / s + r} for r in (0, 1) for s in range(1, 11)]
+    run = read(write(tmp_path / "log.jsonl", rows))
+    assert [o.signals["loss"] for o in run.observations] == [1.0 / s for s in range(1, 11)]
+    assert len(run.segments) == 1 and run.account.other_process == 30
+
+
+def test_a_log_filled_forward_is_thinned_in_every_pass(tmp_path, monkeypatch):
+    """A share whose trials are not logged gets a bound beside it, which must not hide that a row is repeated."""
+    monkeypatch.setattr(sys.modules["outspoken.diagnostics.sources.trials"], "LOOKED_AT", 50)
+    rows = []
+    for step in range(1, 201):
+        measured = (step - 1) // 2
+        shares = {"frac_reward_zero_std": (measured % 8) / 8, "completions/clipped_ratio": (measured % 16) / 64}
+        rows.append(
+            {"step": step, "loss": value(measured, 1), "reward": value(measured, 2), "reward_std": 0.3} | shares
+        )
+    run = read(write(tmp_path / "log.jsonl", rows))
+    for _ in range(2):
+        seen = list(run.observations)
+        assert [o.step for o in seen] == list(range(1, 201, 2)) and len(run.observations) == 100
+        assert all("completions/clipped_ratio#n" in o.signals for o in seen)
+
+
 def test_rows_of_two_processes_that_share_a_gradient_norm(tmp_path):
     rows = [
         {"step": s, "loss": value(s, r), "grad_norm": 0.5 + value(s, 9), "learning_rate": 1e-5}

@@ -35,6 +35,8 @@ ROWS_REMEMBERED = 100_000  # rows, at least, among which a row that comes again 
 KEPT_CELLS = 2_000_000  # of observations, in memory; more are made anew for each pass
 HEAD_ROWS = 100  # rows at the start that may describe the run
 RANKS = ("rank", "global_rank", "process_index", "local_rank")
+MAX_PROCESSES = 1024
+MAX_STEPS_COMPARED = 10_000
 SAME_SHARE = 0.95  # of repeated rows with an equal measurement, for rows of several processes
 
 
@@ -240,7 +242,9 @@ def assemble(rows: Again[Row], family: Family, seen: Scan) -> Assembled:
                 rows = Again.of(kept[::-1])
                 seen = scan(rows, [family])
         merger = _Merger(rows, family, seen, axis)
-        merger.rank = next((name for name, ranks in seen.ranks.items() if len(ranks) > 1), None)
+        merger.rank = next(
+            (name for name, ranks in seen.ranks.items() if _tells_processes(rows, name, ranks, axis)), None
+        )
         made = merger.assembled()
         if len(made.segments) - 1 > max(3, MAX_RESTARTS * len(made.observations)):
             if merger.rank is None and _written_by_processes(rows, axis):
@@ -252,6 +256,24 @@ def assemble(rows: Again[Row], family: Family, seen: Scan) -> Assembled:
             made = merger.assembled()
     made.notes[:0] = notes
     return made
+
+
+def _tells_processes(rows: Iterable[Row], name: str, ranks: set[int], axis: str) -> bool:
+    """Whether a column that is called a rank tells processes apart: they log the same steps. Other ranks change."""
+    if not 1 < len(ranks) <= MAX_PROCESSES:
+        return False
+    lowest: set[int] = set()
+    others: set[int] = set()
+    for row in rows:
+        rank, step = _step_of(row.get(name)), _step_of(row.get(axis))
+        if rank is None or step is None:
+            continue
+        if rank != as_number(row[name]):
+            return False
+        steps = lowest if rank == min(ranks) else others
+        if len(steps) < MAX_STEPS_COMPARED:
+            steps.add(step)
+    return 2 * len(lowest & others) > len(others)
 
 
 def _written_by_processes(rows: Iterable[Row], axis: str) -> bool:

@@ -77,8 +77,6 @@ def bounds_of_trials(
 
 def with_trials(observations: Iterable[Observation], bounds: Mapping[str, int]) -> Iterator[Observation]:
     """The observations, with `<share>#n` beside each share that has a bound."""
-    for observation in observations:
-        for name, bound in bounds.items():
-            if name in observation.signals:
-                observation.signals[f"{name}#n"] = float(bound)  # type: ignore[index]
-        yield observation
+    for o in observations:
+        trials = {f"{name}#n": float(bound) for name, bound in bounds.items() if name in o.signals}
+        yield Observation(o.step, {**o.signals, **trials}, o.nonfinite, o.unreadable, o.time, o.epoch)
