@@ -153,6 +153,8 @@ def test_files_of_two_processes_one_behind_the_other(tmp_path):
 def test_a_log_filled_forward_is_thinned_in_every_pass(tmp_path, monkeypatch):
     """A share whose trials are not logged gets a bound beside it, which must not hide that a row is repeated."""
     monkeypatch.setattr(sys.modules["outspoken.diagnostics.sources.trials"], "LOOKED_AT", 50)
+    for module in (formats, assemble, sources):
+        monkeypatch.setattr(module, "KEPT_CELLS", 40)
     rows = []
     for step in range(1, 201):
         measured = (step - 1) // 2
