@@ -136,6 +136,8 @@ COMMON: dict[str, str] = {
     "learning rate": "learning_rate",
     "gradient_norm": "grad_norm",
     "grad norm": "grad_norm",
+    "grad-norm": "grad_norm",
+    "learning-rate": "learning_rate",
     "grad_norm/total": "grad_norm",
     "reward_mean": "reward",
     "mean_reward": "reward",
