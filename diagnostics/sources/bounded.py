@@ -12,6 +12,7 @@ from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of
 from outspoken.diagnostics.sources.own import is_record
 
 MAX_NAMES = 20_000
+MAX_LONG_NAMES = 10 * 1024 * 1024  # characters of all names that are cut
 TEXT_A_CELL = 64  # characters of a text that take the memory of a number
 
 _PLAIN = frozenset((float, int, bool, type(None)))
@@ -21,38 +22,46 @@ def bounded(rows: Iterable[Row], path: Path, notes: list[str]) -> Iterator[Row]:
     """The rows, with names and values of at most MAX_TEXT characters. Records of our own pass as they are.
 
     Raises:
-        UnreadableLog: they have more than MAX_NAMES names.
+        UnreadableLog: they have more than MAX_NAMES names, or more than MAX_LONG_NAMES characters in long ones.
     """
-    names: dict[str, str] = {}  # as it stands there -> as it is called here
-    taken: set[str] = set()
+    names = _Names(path)
     for row in rows:
         if is_record(row):
             yield row
             continue
-        if not row.keys() <= names.keys():
-            _add(row, names, taken, path)
+        if not row.keys() <= names.called.keys():
+            names.add(row)
         long = any(type(value) not in _PLAIN and _is_long(value) for value in row.values())
-        if long or len(taken) < len(names):
-            row = {names[name]: _short(value) for name, value in row.items()}
-        yield row
-    cut = len(names) - len(taken)
-    if cut:
-        notes.append(f"{count_of(cut, 'name')} longer than {MAX_TEXT} characters {'was' if cut == 1 else 'were'} cut.")
+        yield {names.called[name]: _short(value) for name, value in row.items()} if long or names.cut else row
+    if names.cut:
+        were = "was" if names.cut == 1 else "were"
+        notes.append(f"{count_of(names.cut, 'name')} longer than {MAX_TEXT} characters {were} cut.")
 
 
-def _add(row: Row, names: dict[str, str], taken: set[str], path: Path) -> None:
-    """Take in the names of a row. `taken` holds those that stay as they are."""
-    for name in row:
-        if name in names:
-            continue
-        if len(names) >= MAX_NAMES:
-            raise UnreadableLog(f"{path}: holds more than {MAX_NAMES} names, which no log of metrics does.")
-        if len(name) <= MAX_TEXT:
-            names[name] = name
-            taken.add(name)
-        else:
-            end = f"… ({len(names) + 1})"
-            names[name] = name[: MAX_TEXT - len(end)] + end
+class _Names:
+    """Names of a log. called: as it stands there -> as it is called here. cut: how many are cut."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.called: dict[str, str] = {}
+        self.cut = self._characters = 0
+
+    def add(self, row: Row) -> None:
+        for name in row:
+            if name in self.called:
+                continue
+            self.called[name] = name
+            if len(name) > MAX_TEXT:
+                self.cut += 1
+                self._characters += len(name)
+                end = f"… ({len(self.called)})"
+                self.called[name] = name[: MAX_TEXT - len(end)] + end
+            if len(self.called) > MAX_NAMES:
+                raise UnreadableLog(f"{self.path}: holds more than {MAX_NAMES} names, which no log of metrics does.")
+            if self._characters > MAX_LONG_NAMES:
+                raise UnreadableLog(
+                    f"{self.path}: holds names of millions of characters, which no log of metrics does."
+                )
 
 
 def _is_long(value: Any) -> bool:

@@ -15,7 +15,7 @@ from outspoken.diagnostics.sources.files import UnreadableLog
 from outspoken.diagnostics.sources.names import is_reward_model
 
 MAX_CONFIG = 10 * 1024 * 1024  # bytes
-MAX_MERGED = 100_000  # settings that YAML's `<<` copies
+MAX_SETTINGS = 1_000_000  # of a configuration, each counted wherever YAML repeats it
 LN2 = math.log(2)  # the first loss of a preference run
 
 # trainer_state.json's name -> the config field
@@ -95,8 +95,8 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         self.merged += len(node.value)
-        if self.merged > MAX_MERGED:
-            raise yaml.YAMLError("merges too many settings")
+        if self.merged > MAX_SETTINGS:
+            raise yaml.YAMLError("repeats too many settings")
 
 
 def load_yaml(text: str | bytes) -> Any:
@@ -105,7 +105,21 @@ def load_yaml(text: str | bytes) -> Any:
     Raises:
         yaml.YAMLError, ValueError, RecursionError: it is no YAML.
     """
-    return yaml.load(text, _Loader)
+    value = yaml.load(text, _Loader)
+    if _size(value, {}) > MAX_SETTINGS:
+        raise yaml.YAMLError("repeats too many settings")
+    return value
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """How many values a value holds, where one that stands in many places counts in each; inf if it holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
 
 
 def _number_if_one(value: Any) -> Any:

@@ -16,7 +16,7 @@ from outspoken.diagnostics.sources import console
 from outspoken.diagnostics.sources.files import Row, UnreadableLog, count_of, open_bytes
 from outspoken.diagnostics.sources.json_rows import loads
 
-MAX_BYTES = 512 * 1024**2  # of a notebook: it is read whole
+MAX_BYTES = 128 * 1024**2  # of a notebook: it is read whole
 MAX_HTML = 32 * 1024**2  # characters of one output
 
 _BEGINS = re.compile(r'^\ufeff?\s*\{\s*"(?:cells|worksheets|metadata|nbformat|nbformat_minor)"\s*:')
