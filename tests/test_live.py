@@ -278,7 +278,8 @@ CASES += [("trl-reward", "center_rewards_coefficient")]
 CASES += [("trl-dpo", "beta"), ("trl-dpo", "max_grad_norm"), ("plain", "max_grad_norm"), ("plain", "learning_rate")]
 OTHER = {
     # Long enough for some completions to end by themselves: at equal lengths the losses are equal.
-    ("grpo", "loss_type"): ("dapo", "grpo", {"max_completion_length": 64}),
+    # a rate at which completions go on ending: those of one length would score alike under both
+    ("grpo", "loss_type"): ("dapo", "grpo", {"max_completion_length": 64, "learning_rate": 0.02}),
     ("grpo", "delta"): (None, 0.5, {}),
     ("sft", "loss_type"): ("nll", "dft", {}),
     ("sft", "label_smoothing_factor"): (0.0, 0.3, {}),
