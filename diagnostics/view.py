@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from outspoken.diagnostics import signals as signal_table
 from outspoken.diagnostics import stats
-from outspoken.diagnostics.records import Evidence
+from outspoken.diagnostics.records import Evidence, as_number
 
 Array = NDArray[np.float64]
 
@@ -343,6 +343,7 @@ class RunView:
     def number(self, name: str, default: float | None = None) -> float | None:
         """A numeric config field; `default` if it is missing or no finite number."""
         value = self.config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return default
-        return float(value)
+        number = as_number(value)  # an integer may be larger than any float
+        return number if number is not None and math.isfinite(number) else default

@@ -607,14 +607,14 @@ class _Merger:
         if tally.process_rows:
             how = f"by {self.rank!r}" if self.rank is not None else "they agree in what all processes share"
             notes.append(
-                f"{count_of(tally.process_rows, 'row')} were written by another process ({how}); one row a step counts."
+                f"Rows of other processes ({how}) were left out, one row a step counts: {tally.process_rows}."
             )
         if account.superseded:
             notes.append(
-                f"{count_of(account.superseded, 'value')} were logged again at the same step; the last one counts."
+                f"Values that were logged again at the same step, of which the last one counts: {account.superseded}."
             )
         if account.unreadable:
-            notes.append(f"{count_of(account.unreadable, 'value')} are no numbers.")
+            notes.append(f"Values that are no numbers: {account.unreadable}.")
         if self.off:
             notes.append(
                 f"Always 0, which {family.title or family.name} writes for what is off: {listed(sorted(self.off))}."
