@@ -17,6 +17,7 @@ from outspoken.diagnostics.engine import Engine, Transition
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.sources import LoggedRun, UnreadableLog, read
 from outspoken.diagnostics.sources.assemble import WINDOW
+from outspoken.diagnostics.sources.files import stamp_of
 
 _NUMBERS = re.compile(r"\d+")
 
@@ -117,8 +118,8 @@ class Follower:
     def _signature(self) -> object:
         """What changes when the log does."""
         if self.path.is_file():
-            return _stat(self.path)
-        return tuple(sorted((str(p), *_stat(p)) for p in islice(self.path.rglob("*"), 20_000) if p.is_file()))
+            return _stamp(self.path)
+        return tuple(sorted((str(p), *_stamp(p)) for p in islice(self.path.rglob("*"), 20_000) if p.is_file()))
 
     def _changed(self, run: LoggedRun) -> bool:
         """Whether what was fed to the engine would be understood otherwise now."""
@@ -150,7 +151,7 @@ class Follower:
             if (signals or nonfinite) and now.step >= self.engine.view.segment_start:
                 step = max(now.step, self.engine.view.step)  # going back would look like a restart
                 transitions += self.engine.observe(Observation(step, signals, nonfinite, {}, now.time, now.epoch))
-            self._latest[i] = _copy(now)
+            self._latest[i] = now
         return transitions
 
     def _feed(self, ready: int) -> list[Transition]:
@@ -161,7 +162,7 @@ class Follower:
             if i in starts:
                 self.engine.open_segment(observation.step, starts[i].reason)
             transitions += self.engine.observe(observation)
-            self._latest.append(_copy(observation))
+            self._latest.append(observation)
             del self._latest[:-WINDOW]
             self._fed = i + 1
         return transitions
@@ -179,20 +180,13 @@ def _told_once(note: str) -> str:
     return note if note.startswith("A new segment") else _NUMBERS.sub("#", note.partition(";")[0].rstrip("."))
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, int]:
     try:
-        found = path.stat()
-    except OSError:
+        return stamp_of(path)
+    except UnreadableLog:  # it went away meanwhile
         return (-1, 0)
-    return (found.st_size, found.st_mtime_ns)
 
 
 def _values(observation: Observation) -> dict[str, object]:
     values = {k: v for k, v in observation.signals.items() if not k.endswith("#n")}
     return {**values, **observation.nonfinite}
-
-
-def _copy(observation: Observation) -> Observation:
-    """As it was fed; the log's own may get further values."""
-    o = observation
-    return Observation(o.step, dict(o.signals), dict(o.nonfinite), dict(o.unreadable), o.time, o.epoch)

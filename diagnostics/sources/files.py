@@ -131,6 +131,19 @@ class _Recoded:
         return self._text.readline(size).encode()
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of change, which differ when a file does.
+
+    Raises:
+        UnreadableLog: there is no such file.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UnreadableLog(f"{path}: cannot be opened ({error.strerror or error}).") from None
+    return found.st_size, found.st_mtime_ns
+
+
 def head_of(path: Path, size: int = HEAD) -> bytes:
     """The beginning of a file, unpacked.
 

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from outspoken.diagnostics.sources.files import Row, UnreadableLog
+from outspoken.diagnostics.sources.files import Row, UnreadableLog, stamp_of
 from outspoken.diagnostics.sources.measurements import Axes, Measurement, survey, to_rows
 
 MAX_METRICS = 10_000  # files of one run
@@ -65,7 +65,7 @@ def rows(path: Path, notes: list[str]) -> Iterator[Row]:
         files = _metric_files(run)
         source = str(run)
         tally = _Tally()
-        stamps = tuple((name, *_stamp(file)) for name, file in files)
+        stamps = tuple((name, *stamp_of(file)) for name, file in files)
         axes = _axes_of_files(tuple(files), stamps, source)
         yield from to_rows(_measured(files, tally), axes, source, notes)
     else:
@@ -74,7 +74,7 @@ def rows(path: Path, notes: list[str]) -> Iterator[Row]:
             with closing(_connect(path)) as database:
                 chosen = _newest_in(database, path, notes)
                 tally = _Tally()
-                axes = _axes_of_database(path, _stamp(path), chosen)
+                axes = _axes_of_database(path, stamp_of(path), chosen)
                 yield from to_rows(_selected(database, chosen, tally), axes, source, notes)
         except _DAMAGED as error:
             raise _unreadable(path, error) from None
@@ -139,15 +139,6 @@ class _Tally:
         if self.strange:
             told.append(f"{source}: measurements that could not be understood were skipped: {self.strange}.")
         return told
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise UnreadableLog(f"{path}: cannot be opened ({error.strerror or error}).") from None
-    return found.st_size, found.st_mtime_ns
 
 
 # ---------------------------------------------------------------------- the file store

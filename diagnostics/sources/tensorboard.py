@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from outspoken.diagnostics.sources.files import Row, UnreadableLog
+from outspoken.diagnostics.sources.files import Row, UnreadableLog, stamp_of
 from outspoken.diagnostics.sources.measurements import MAX_NAMES, Axes, Measurement, Recorded, survey, to_rows
 from outspoken.diagnostics.sources.protobuf import (
     BYTES,
@@ -94,7 +94,7 @@ def rows(paths: Sequence[Path], notes: list[str]) -> Iterator[Row]:
     source = str(paths[0] if len(paths) == 1 else folders.pop() if len(folders) == 1 else _common(paths))
     files = tuple(_expand(paths))
     tally, recorded = _Tally(), Recorded()
-    groups, axes, told = _plan(files, tuple(_stamp(path) for path in files), source, tally, recorded)
+    groups, axes, told = _plan(files, tuple(stamp_of(path) for path in files), source, tally, recorded)
     notes.extend(told)
     yield from to_rows(recorded if recorded.whole else _in_order(groups, tally), axes, source, notes)
     notes.extend(tally.notes())
@@ -521,15 +521,6 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         files.extend(event_files(path) if path.is_dir() else [path])
     return list(dict.fromkeys(files))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise UnreadableLog(f"{path}: cannot be opened ({error.strerror or error}).") from None
-    return found.st_size, found.st_mtime_ns
 
 
 _Plan = tuple[list[list[_Part]], Axes, list[str]]
