@@ -15,6 +15,7 @@ from typing import Any
 from outspoken.diagnostics import rundir
 from outspoken.diagnostics.records import Observation
 from outspoken.diagnostics.rules.registry import GROUPED_RL, ONLINE_RL
+from outspoken.diagnostics.signals import PREFERENCE
 from outspoken.diagnostics.sources import beside, own
 from outspoken.diagnostics.sources.again import Again
 from outspoken.diagnostics.sources.assemble import Account, Assembled, Segment, assemble, scan
@@ -231,7 +232,7 @@ def _on_method(told: str, reason: str) -> str:
 
 
 # Methods that log alike. Settings of another kind than the log's cannot be of the same run.
-_KINDS = (ONLINE_RL, ("dpo", "kto", "orpo", "cpo", "simpo", "bco"), ("sft", "pretrain", "distillation"), ("reward",))
+_KINDS = (ONLINE_RL, PREFERENCE, ("sft", "pretrain", "distillation"), ("reward",))
 
 
 def _of_other_kind(stated: str | None, told: str, reason: str) -> str | None:
@@ -252,7 +253,8 @@ def _with_trials(made: Assembled, method: str, config: Mapping[str, Any], notes:
         return made.observations
     least = [f"{name} {bound}" for name, bound in bounds.items()]
     notes.append(f"How many samples stand behind a share is not logged; at least: {listed(least)}.")
-    return Again(lambda: with_trials(made.observations, bounds), weight_of, KEPT_CELLS)
+    count = len(made.observations)
+    return Again(lambda: with_trials(made.observations, bounds), weight_of, KEPT_CELLS, count)
 
 
 def _own_run(
@@ -298,7 +300,7 @@ def _own_run(
             if own.is_record(row) and (made := own.to_observation(row)) is not None:
                 yield made
 
-    again = Again(observations, weight_of, KEPT_CELLS)
+    again = Again(observations, weight_of, KEPT_CELLS, count)
     guessed, reason = infer_method(set(names), again)
     recorded = card.get("method")
     recorded_config = card.get("config")

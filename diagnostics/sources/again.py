@@ -15,19 +15,23 @@ class Again(Generic[T]):
     Args:
         make: begins a pass.
         size: how many cells an item holds. keep: cells that are kept in memory.
+        length: how many items there are, where that is known; else the first pass tells.
     """
 
-    def __init__(self, make: Callable[[], Iterator[T]], size: Callable[[T], int], keep: int):
+    def __init__(
+        self, make: Callable[[], Iterator[T]], size: Callable[[T], int], keep: int, length: int | None = None
+    ):
         self._make, self._size, self._keep = make, size, keep
         self._kept: list[T] | None = None
-        self._length: int | None = None
+        self._length = length
+        self._passed = False  # whether a whole pass was made
         self._last: T | None = None
 
     @classmethod
     def of(cls, items: list[T]) -> "Again[T]":
         """What is in memory already."""
         made = cls(lambda: iter(items), lambda item: 0, 0)
-        made._kept, made._length, made._last = items, len(items), items[-1] if items else None
+        made._kept, made._length, made._passed = items, len(items), True
         return made
 
     @property
@@ -38,15 +42,13 @@ class Again(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         if self._kept is not None:
             return iter(self._kept)
-        if self._length is not None:
-            return islice(self._make(), self._length)
-        return self._first_pass()
+        return islice(self._make(), self._length) if self._passed else self._first_pass()
 
     def _first_pass(self) -> Iterator[T]:
         kept: list[T] | None = []
         cells = count = 0
         item: T | None = None
-        for item in self._make():
+        for item in islice(self._make(), self._length):
             count += 1
             if kept is not None:
                 cells += self._size(item)
@@ -54,7 +56,7 @@ class Again(Generic[T]):
                 if cells > self._keep:
                     kept = None
             yield item
-        self._kept, self._length, self._last = kept, count, item
+        self._kept, self._length, self._last, self._passed = kept, count, item, True
 
     def __len__(self) -> int:
         if self._length is None:

@@ -139,6 +139,7 @@ class Scan:
 class _Steps:
     present: int = 0  # rows that hold a step
     first: int = 0  # number of rows before the first of them
+    opening: int = 0  # that first step
     falls: int = 0  # times that it went down
     last: int | None = None
 
@@ -173,7 +174,8 @@ def scan(rows: Iterable[Row], families: Iterable[Family]) -> Scan:
         for name, steps in seen.steps.items():
             step = _step_of(row.get(name))
             if step is not None:
-                steps.first = steps.first if steps.present else number
+                if not steps.present:
+                    steps.first, steps.opening = number, step
                 steps.present += 1
                 steps.falls += steps.last is not None and step < steps.last
                 steps.last = step
@@ -414,7 +416,7 @@ class _Merger:
                 last = item.observation
 
         return Assembled(
-            observations=Again(observations, weight_of, KEPT_CELLS),
+            observations=Again(observations, weight_of, KEPT_CELLS, count - (repeated if filled else 0)),
             segments=segments,
             account=account,
             columns=columns,
@@ -448,9 +450,7 @@ class _Merger:
                 yield point
 
         # where a row without a step belongs: to the row before
-        last = 0
-        if axis is not None and self.seen.steps[axis].present:
-            last = next((s for s in (_step_of(row.get(axis)) for row in self.rows) if s is not None), 0)
+        last = self.seen.steps[axis].opening if axis is not None else 0
         for number, row in enumerate(self.rows, start=1):
             account.cells += len(row)
             if number <= self.headers:
