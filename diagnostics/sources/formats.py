@@ -65,11 +65,11 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
         UnreadableLog: missing, empty, binary, not UTF-8, too long a line, or no format that is known here. Also while
             the rows are gone through.
     """
-    kind, head = _kind(path, container)
+    kind, head, style = _kind(path, container)
     if kind in ("json", "trainer_state"):
         return _document(path, kind)
     met = Lines()
-    style = named = None
+    named = None
     make: Callable[[list[str]], Iterator[Row]]
     if kind == "jsonl" and path.is_dir():
         make = partial(_processes_rows, process_files(path), met=met)
@@ -79,7 +79,7 @@ def read_raw(path: Path, container: str | None = None) -> RawLog:
         make = partial(csv_rows, path)
     elif kind == "console":
         lines = _lines(head)
-        style, named = console.find_style(lines), method_in_text("\n".join(lines))
+        style, named = style or console.find_style(lines), method_in_text("\n".join(lines))
         if style is None:
             raise UnreadableLog(f"{path}: no line of it holds metrics in a form that is known here; {FORMS}.")
         make = partial(_console_rows, path, style)
@@ -156,11 +156,11 @@ def process_files(directory: Path) -> list[Path]:
     return [path for path in places if path.is_file()]
 
 
-def _kind(path: Path, container: str | None) -> tuple[str, bytes]:
-    """The container and, of a text file, its head."""
+def _kind(path: Path, container: str | None) -> tuple[str, bytes, str | None]:
+    """The container, the head of a text file and, of a console that was told by its lines, their style."""
     if path.is_dir():
         if container in (None, "jsonl") and len(process_files(path)) > 1:
-            return "jsonl", b""
+            return "jsonl", b"", None
         if container is not None and container not in ("mlflow", "wandb", "tensorboard"):
             raise UnreadableLog(f"{path}: is a directory, and {container} is a file; give the file itself.")
         for kind, holds in (
@@ -169,39 +169,42 @@ def _kind(path: Path, container: str | None) -> tuple[str, bytes]:
             ("tensorboard", lambda p: bool(tensorboard.event_files(p))),
         ):
             if kind == container or (container is None and holds(path)):
-                return kind, b""
+                return kind, b"", None
         raise UnreadableLog(f"{path}: holds no log that is known here; give the file itself.")
     head = head_of(path)
     if head.startswith((b":W&B", b"SQLite format 3")) and is_packed(path):
         raise UnreadableLog(f"{path}: is compressed, and of a kind that is only read as it is; unpack it first.")
     if container in ("tensorboard", "wandb", "mlflow"):
-        return container, head
+        return container, head, None
     if wandb_files.is_wandb_file(head):
-        return "wandb", head
+        return "wandb", head, None
     if tensorboard.is_event_file(path, head):
-        return "tensorboard", head
+        return "tensorboard", head, None
     if head.startswith(b"SQLite format 3") and mlflow_files.is_mlflow(path):
-        return "mlflow", head
+        return "mlflow", head, None
     text = text_of(path, head)
-    return container or _told_by(path, text, head), head
+    if container is not None:
+        return container, head, None
+    kind, style = _told_by(path, text, head)
+    return kind, head, style
 
 
-def _told_by(path: Path, text: str, head: bytes) -> str:
-    """The container that a text file's content speaks for."""
+def _told_by(path: Path, text: str, head: bytes) -> tuple[str, str | None]:
+    """The container that a text file's content speaks for, and a console's style."""
     lines = (line.strip() for line in text.splitlines())
     first = next((line for line in lines if line and not line.startswith("#")), "")
     if notebook.is_notebook(text):
-        return "notebook"
+        return "notebook", None
     if first.startswith("{") and not _is_python(first, text) and (kind := _json_kind(first)) is not None:
-        return kind
+        return kind, None
     if first.startswith("[") and _begins_a_list_of_rows(text):
-        return "json"
-    if console.find_style(_lines(head)) is not None:
-        return "console"
+        return "json", None
+    if (style := console.find_style(_lines(head))) is not None:
+        return "console", style
     if first.startswith(("{", "[")):
-        return "jsonl" if first.startswith("{") else "json"
+        return ("jsonl" if first.startswith("{") else "json"), None
     if delimiter_of(first) is not None:
-        return "csv"
+        return "csv", None
     raise UnreadableLog(
         f"{path}: line 1 is neither JSON nor a CSV header ({first[:40]!r}), and no line holds metrics; {FORMS}."
     )
